@@ -1,0 +1,171 @@
+"""What a run leaves on disk: whole or absent, and enough to continue to the same bits.
+
+    OUT/args.json          every flag, and the SHA-256 of the data; written first
+    OUT/metrics.jsonl      one JSON object per logged step
+    OUT/checkpoint-N/      adapter (or model), optimizer.safetensors, trainer_state.json
+    OUT/final/             the result: a PEFT adapter, or a Hugging Face model
+
+A folder is written as `.tmp-NAME`, flushed to disk and renamed: the rename is the commit. Nothing
+random is stored: data order and dropout are functions of (seed, step, rank).
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora import adapter_tensors, load_adapter, save_adapter
+from model import load_llama, save_llama
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_folder(path: str, write) -> None:
+    """Call write(temporary folder), then move it to `path` in one step; an existing one stays."""
+    if os.path.isdir(path):
+        return
+    parent, name = os.path.split(path)
+    temporary = os.path.join(parent, f".tmp-{name}")
+    shutil.rmtree(temporary, ignore_errors=True)        # left by a killed run
+    os.makedirs(temporary)
+    write(temporary)
+    for file in os.listdir(temporary):
+        _flush(os.path.join(temporary, file))
+    _flush(temporary)
+    os.rename(temporary, path)
+    _flush(parent)
+
+
+def write_text(path: str, text: str) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as stream:
+        stream.write(text)
+    _flush(path + ".tmp")
+    os.rename(path + ".tmp", path)
+
+
+# ---- the output folder --------------------------------------------------------------------------
+
+# Flags that may change between a run and its continuation: they change no number.
+FREE_FLAGS = {"output_dir", "overwrite_output_dir", "logging_steps", "save_steps",
+              "save_total_limit"}
+
+
+def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
+    """Make `path` this run's, or find it to be: a killed run with the same flags is continued.
+
+    raises  ValueError if it holds a finished run, a run with other flags (each named), or
+            anything that is no run at all
+    """
+    file = os.path.join(path, "args.json")
+    if overwrite and os.path.isfile(file):
+        shutil.rmtree(path)                              # only ever a folder that was a run
+    if os.path.isfile(file):
+        with open(file, encoding="utf-8") as stream:
+            before = json.load(stream)
+        changed = [f"{key} was {before.get(key)!r}, now {flags[key]!r}" for key in flags
+                   if key not in FREE_FLAGS and before.get(key) != flags[key]]
+        if changed:
+            raise ValueError(f"{path} holds a run with other flags ({'; '.join(changed)}); choose "
+                             "another --output_dir, or pass --overwrite_output_dir")
+        if os.path.isdir(os.path.join(path, "final")):
+            raise ValueError(f"{path} holds a finished run; choose another --output_dir, or pass "
+                             "--overwrite_output_dir")
+        return
+    if os.path.isdir(path) and os.listdir(path):
+        raise ValueError(f"{path} is not empty and holds no run of train.py; choose another "
+                         "--output_dir")
+    os.makedirs(path, exist_ok=True)
+    write_text(file, json.dumps(flags, indent=2) + "\n")
+
+
+def checkpoints(path: str) -> list[tuple[int, str]]:
+    """(step, folder) of every checkpoint, oldest first; the renamed ones are the whole ones."""
+    names = [re.fullmatch(r"checkpoint-(\d+)", name) for name in os.listdir(path)]
+    return sorted((int(m[1]), os.path.join(path, m[0])) for m in names if m)
+
+
+def rewind_metrics(path: str, step: int) -> None:
+    """Drop the lines of metrics.jsonl past `step`: they will be written again."""
+    file = os.path.join(path, "metrics.jsonl")
+    if not os.path.isfile(file):
+        return
+    kept = []
+    with open(file, encoding="utf-8") as stream:
+        for line in stream:
+            # a kill may have cut the last line short: without its newline it is not a line
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_text(file, "".join(kept))
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+def trainable(model) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_weights(model, path: str, base_model: str) -> None:
+    """A PEFT adapter if the model has one, else the whole model."""
+    if adapter_tensors(model):
+        save_adapter(model, path, base_model)
+    else:
+        save_llama(model, path)
+
+
+def save_checkpoint(output_dir: str, step: int, model, optimizer, base_model: str,
+                    keep: int) -> str:
+    """Write OUT/checkpoint-{step} and remove all but the newest `keep`; returns its path."""
+    def write(folder):
+        save_weights(model, folder, base_model)
+        state = {f"{key}.{name}": optimizer.state[p][key] for name, p in trainable(model).items()
+                 for key in ("step", "exp_avg", "exp_avg_sq") if p in optimizer.state}
+        save_file(state, os.path.join(folder, "optimizer.safetensors"))
+        hashes = {file: sha256(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
+        state = {"step": step, "sha256": hashes, "torch": torch.__version__}
+        with open(os.path.join(folder, "trainer_state.json"), "w", encoding="utf-8") as stream:
+            json.dump(state, stream, indent=2)
+
+    path = os.path.join(output_dir, f"checkpoint-{step}")
+    write_folder(path, write)
+    for _, old in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+@torch.no_grad()
+def load_checkpoint(path: str, model, optimizer) -> int:
+    """Restore weights and optimizer in place; returns the number of steps done.
+
+    raises  ValueError naming the file whose bytes are not those that were saved
+    """
+    with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as stream:
+        state = json.load(stream)
+    for file, digest in state["sha256"].items():
+        if sha256(os.path.join(path, file)) != digest:
+            raise ValueError(f"{os.path.join(path, file)} is damaged (its SHA-256 is not the one "
+                             f"saved); remove {path} to continue from an older checkpoint")
+    if adapter_tensors(model):
+        load_adapter(model, path)
+    else:
+        loaded = load_llama(path, dtype=model.lm_head.weight.dtype)
+        model.load_state_dict(loaded.state_dict())
+    moments = load_file(os.path.join(path, "optimizer.safetensors"))
+    for name, p in trainable(model).items():
+        if f"step.{name}" in moments:
+            optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device if key != "step" else
+                                                                   "cpu")
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+    return state["step"]

@@ -1,0 +1,253 @@
+"""Measure runs of train.py: exactly on the embedded world, on held-out prompts of a file.
+
+    python eval.py runs/ulma runs/dpo                 one row per run; base and optimum beside them
+    python eval.py runs/hh-ulma --dataset FILE        another file than the run's held-out prompts
+
+On the world all 288 valid answers to each of 40 test prompts are listed, so nothing is sampled and
+no judge is asked. What a model puts outside the list (off-world) enters every score as the worst
+reward of that prompt: conditioning it away would flatter objectives that push mass there.
+"""
+import argparse
+import json
+import math
+import os
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from data import Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
+from kernels import linear_logps
+from lora import load_adapter, lora_disabled
+from model import Llama, load_llama
+from step import adapters_off, frozen_copy, sequence_logps
+from trees import Tree, build_stream, make_trees, pack
+from ulma import response_logps
+from world import answers, base_model, question, test_prompts
+
+ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
+
+WORLD_METRICS = {
+    "E[r]": "expected true reward, nats; off-world mass counts as the prompt's worst reward",
+    "harmful": "probability of a harmful valid answer",
+    "off-world": "probability outside the valid answers",
+    "KL(pi||ref)": "nats, over the valid answers and all else as one outcome",
+    "KL(pi||pi*)": "the same against the optimum pi* = pi_ref exp(r/beta) / Z",
+    "objective": "E[r] - beta KL(pi||ref), Eq. 3; no policy can pass pi*'s, which is beta log Z",
+    "perplexity": "per token, of the best answer (EOS included)",
+}
+
+
+# ---- the world: exact -----------------------------------------------------------------------------
+
+@torch.no_grad()
+def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tensor]:
+    """log π(y | x) of every valid answer to every prompt: [X, Y] float64 nats; and lengths [X, Y]."""
+    trees = []
+    for verb, thing in asked:
+        listed = answers(verb, thing)
+        prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
+        ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1] for text, *_ in listed]
+        trees += [Tree(prompt_ids, ids[i:i + ANSWERS_PER_TREE], [1.0] * ANSWERS_PER_TREE, [])
+                  for i in range(0, len(ids), ANSWERS_PER_TREE)]
+    logps, lengths, device = [], [], model.lm_head.weight.device
+    for group in pack(trees, 8192):
+        stream = build_stream(group, device)
+        hidden = model(stream.input_ids, stream.position_ids, stream.segments)
+        hidden = hidden.index_select(0, stream.predict_from)                     # [N, D]
+        per_token_logps, _ = linear_logps(hidden, hidden[:0], model.lm_head.weight, stream.labels,
+                                          stream.labels[:0])
+        logps.append(response_logps(per_token_logps.double(), stream.response_ids,
+                                    len(stream.scores)))
+        lengths.append(stream.response_ids.bincount(minlength=len(stream.scores)))
+    return (torch.cat(logps).view(len(asked), -1).cpu(),
+            torch.cat(lengths).view(len(asked), -1).cpu())
+
+
+def with_rest(logps: Tensor) -> Tensor:
+    """Append log(1 - Σ p): [Y] -> [Y + 1], the last outcome being everything not listed."""
+    rest = (1 - logps.exp().sum()).clamp(min=1e-12)      # rounding can leave -1e-7
+    return torch.cat([logps, rest.log()[None]])
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    """Σ p (log p - log q) of two lists of log-probs, nats."""
+    return float((p.exp() * (p - q)).sum())
+
+
+def optimum(reference: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, float]:
+    """(log pi*, beta log Z): pi* = pi_ref exp(r / beta) / Z over the outcomes given: [Y], [Y].
+
+    Source: Eq. 4 solved for the policy; beta log Z is the largest E[r] - beta KL there is.
+    """
+    scaled = reference + rewards / beta
+    log_partition = scaled.logsumexp(0)
+    return scaled - log_partition, beta * float(log_partition)
+
+
+def world_scores(logps: Tensor, reference_logps: Tensor, lengths: Tensor, listed,
+                 beta: float) -> dict[str, float]:
+    """WORLD_METRICS of one prompt: log-probs [Y] of its listed answers under policy and reference."""
+    rewards = torch.tensor([reward for _, reward, *_ in listed], dtype=torch.float64)    # [Y]
+    harmful = torch.tensor([bad for _, _, bad, _ in listed], dtype=torch.float64)        # [Y]
+    best = int(rewards.argmax())
+    policy, reference = with_rest(logps), with_rest(reference_logps)             # [Y + 1]
+    with_worst = torch.cat([rewards, rewards.min()[None]])                       # [Y + 1]
+    mean_reward = float((policy.exp() * with_worst).sum())
+    best_policy, _ = optimum(reference, with_worst, beta)
+    divergence = kl(policy, reference)
+    return {"E[r]": mean_reward, "harmful": float((logps.exp() * harmful).sum()),
+            "off-world": float(policy[-1].exp()), "KL(pi||ref)": divergence,
+            "KL(pi||pi*)": kl(policy, best_policy), "objective": mean_reward - beta * divergence,
+            "perplexity": math.exp(-float(logps[best] / lengths[best]))}
+
+
+def mean_scores(rows: list[dict]) -> dict[str, float]:
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def evaluate_world(policies: dict[str, Tensor], reference: Tensor, lengths: Tensor, asked,
+                   beta: float) -> dict[str, dict]:
+    """Mean WORLD_METRICS over prompts, for every policy and for the optimum pi*."""
+    lists = [answers(*prompt) for prompt in asked]
+    policies = dict(policies)
+    policies["optimum pi*"] = torch.stack([
+        optimum(with_rest(ref), torch.tensor([r for _, r, *_ in listed]
+                                             + [min(r for _, r, *_ in listed)]), beta)[0][:-1]
+        for ref, listed in zip(reference, lists)])
+    return {name: mean_scores([world_scores(*row, beta) for row in
+                               zip(logps, reference, lengths, lists)])
+            for name, logps in policies.items()}
+
+
+def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
+    """One answer drawn from every policy's exact distribution, to a harmful and a harmless prompt."""
+    lists = [answers(*prompt) for prompt in asked]
+    harmful = [any(bad for _, _, bad, _ in listed[:36]) for listed in lists]
+    for number in (harmful.index(True), harmful.index(False)):
+        print(f"\n{question(*asked[number])}")
+        for name, logps in policies.items():
+            generator = torch.Generator().manual_seed(seed)
+            probs = with_rest(logps[number]).exp()
+            drawn = int(torch.multinomial(probs, 1, generator=generator))
+            text, reward, bad, _ = (*lists[number], ("(not a valid answer)", 0.0, False, 0))[drawn]
+            print(f"  {name:14} r* {reward:+.1f} {'HARMFUL ' if bad else '        '} {text}")
+
+
+# ---- files: held-out likelihoods ------------------------------------------------------------------
+
+def bootstrap(statistic, rows: Tensor, draws: int = 1000) -> tuple[float, float, float]:
+    """(value, low, high): statistic(rows [n, …]) and its 95 % percentile interval over prompts."""
+    generator = torch.Generator().manual_seed(0)
+    values = sorted(float(statistic(rows[torch.randint(len(rows), (len(rows),),
+                                                       generator=generator)]))
+                    for _ in range(draws))
+    return float(statistic(rows)), values[int(0.025 * draws)], values[int(0.975 * draws)]
+
+
+def wins(margins: Tensor) -> Tensor:
+    """Share of positive margins, a zero margin counting one half."""
+    return (margins > 0).double().mean() + 0.5 * (margins == 0).double().mean()
+
+
+@torch.no_grad()
+def evaluate_file(model: Llama, reference, trees: list[Tree], beta: float) -> None:
+    """Print perplexities and the accuracy of the implicit reward, each with its definition."""
+    rows, pairs = {1: [], 0: []}, []
+    for group in pack(trees, 8192):
+        stream = build_stream(group, model.lm_head.weight.device)
+        policy, frozen = (t.double().cpu() for t in
+                          sequence_logps(model, reference, stream, stream))      # [R], [R]
+        lengths = stream.response_ids.bincount(minlength=len(policy)).double().cpu()
+        scores, rewards = stream.scores.cpu(), beta * (policy - frozen)
+        for z in rows:
+            rows[z].append(torch.stack([policy, frozen, lengths], 1)[scores == z])
+        chosen, rejected = stream.pairs.cpu().T
+        pairs.append(torch.stack([rewards[chosen] - rewards[rejected],
+                                  lengths[rejected] - lengths[chosen]], 1))      # [P, 2]
+    for z, name in ((1, "good (z = 1)"), (0, "bad (z = 0)")):
+        values = torch.cat(rows[z])                                              # [R, 3]
+        if len(values):
+            for column, who in ((0, "policy"), (1, "reference")):
+                value, low, high = bootstrap(
+                    lambda v: (-v[:, column].sum() / v[:, 2].sum()).exp(), values)
+                print(f"  perplexity of {name} responses under the {who:9}  {value:9.2f} "
+                      f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(values)} responses")
+    margins = torch.cat(pairs)
+    if not len(margins):
+        print("  no prompt has a better and a worse response: no reward accuracy")
+        return
+    for column, name in ((0, "implicit reward"), (1, "length only   ")):
+        value, low, high = bootstrap(lambda v: wins(v[:, column]), margins)
+        rule = ("beta log(pi / pi_ref) is larger for the better response" if column == 0
+                else "the better response has fewer tokens")
+        print(f"  accuracy of {name}  {value:.3f} [{low:.3f}, {high:.3f}]   share of "
+              f"{len(margins)} pairs where {rule}; ties are halves")
+
+
+# ---- runs -----------------------------------------------------------------------------------------
+
+def load_run(path: str):
+    """(policy, callable giving its reference, flags) of a finished run of train.py."""
+    file = os.path.join(path, "args.json")
+    if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
+        raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
+                                "and final/)")
+    with open(file, encoding="utf-8") as stream:
+        flags = json.load(stream)
+    dtype = torch.bfloat16 if flags["bf16"] else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")
+    if flags["lora_r"]:
+        model = load_adapter(base, final).eval()
+        return model, partial(adapters_off, model), flags
+    return load_llama(final, dtype, device).eval(), partial(frozen_copy, base), flags
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="output folders of train.py")
+    parser.add_argument("--dataset", help="evaluate on this file, not on what the run held out")
+    parser.add_argument("--beta", type=float, default=0.1, help="of rewards and of pi* (0.1)")
+    parser.add_argument("--json", help="also write the world's table here")
+    args = parser.parse_args()
+    policies, asked, reference = {}, test_prompts(), None
+    for path in args.runs:
+        model, reference_of, flags = load_run(path)
+        if args.dataset is None and os.path.abspath(flags["model_name_or_path"]) == \
+                os.path.abspath(base_model()):
+            tokenizer = Tokenizer(base_model())
+            if reference is None:
+                with reference_of() as frozen:
+                    reference, lengths = world_logps(frozen, tokenizer, asked)
+                policies["base"] = reference
+            policies[os.path.basename(os.path.normpath(path))] = world_logps(
+                model, tokenizer, asked)[0]
+            continue
+        file = args.dataset or flags["dataset"]
+        records = read_dataset(file)
+        if args.dataset is None:
+            records = split_by_prompt(records, flags["held_out"])[1]
+        if not records:
+            raise ValueError(f"{path} held out nothing of {file}: train it with --held_out, or "
+                             "pass --dataset")
+        trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
+                           flags["max_length"], flags["max_prompt_length"])
+        print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
+        evaluate_file(model, reference_of, trees, args.beta)
+    if policies:
+        table = evaluate_world(policies, reference, lengths, asked, args.beta)
+        print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
+        for name, row in table.items():
+            print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
+        print_samples(policies, asked)
+        print(f"\n{len(asked)} test prompts, beta {args.beta:g}. " + ". ".join(
+            f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as stream:
+                json.dump(table, stream, indent=2)
+
+
+if __name__ == "__main__":
+    run_cli(main)

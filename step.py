@@ -1,0 +1,181 @@
+"""One micro-batch, from trees to gradients: what each --method means, and how it is computed.
+
+    trees -> stream -> hidden -> log-probs of policy and reference -> losses -> backward
+
+The reference is the same weights with adapters off, in its own pass without gradients, and only
+over the responses whose loss asks for it. Losses are divided by the counts of the whole global
+batch, so packing, micro-batches and ranks leave the gradient as it is.
+"""
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import linear_logps
+from lora import lora_disabled
+from model import Llama
+from trees import Stream, Tree, build_stream, pack
+from ulma import (dpo_loss, negative_dpo_loss, pointwise_dpo_loss, pointwise_mse_loss,
+                  positive_dpo_loss, response_logps, sft_loss, ulma_loss, ulma_mse_loss,
+                  unlearning_loss, unlikelihood_loss)
+
+
+# ---- methods ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Method:
+    """What --method stands for: `loss` of log-probs of policy p and reference r, [R] each."""
+    uses: str            # responses it trains on: "all", "positive", "negative" or "pairs"
+    reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
+    loss: object         # (p, r, stream, beta, log_z) -> losses, per response or per pair
+
+
+METHODS = {
+    "ulma":          Method("all", "negative", lambda p, r, s, b, c: ulma_loss(p, r, s.scores, b, c)),
+    "ulma_mse":      Method("all", "all", lambda p, r, s, b, c: ulma_mse_loss(p, r, s.scores, b, c)),
+    "pointwise_dpo": Method("all", "all",
+                            lambda p, r, s, b, c: pointwise_dpo_loss(p, r, s.scores, b, c)),
+    "pointwise_mse": Method("all", "all",
+                            lambda p, r, s, b, c: pointwise_mse_loss(p, r, s.scores, b, c)),
+    "dpo":           Method("pairs", "all",
+                            lambda p, r, s, b, c: dpo_loss(*p[s.pairs].T, *r[s.pairs].T, b)),
+    "sft":           Method("positive", "none", lambda p, r, s, b, c: sft_loss(p)),
+    "positive_dpo":  Method("positive", "all", lambda p, r, s, b, c: positive_dpo_loss(p, r, b, c)),
+    "unlearning":    Method("negative", "none", lambda p, r, s, b, c: unlearning_loss(p)),
+    "negative_dpo":  Method("negative", "all", lambda p, r, s, b, c: negative_dpo_loss(p, r, b, c)),
+    "unlikelihood":  Method("all", "none", lambda p, r, s, b, c: unlikelihood_loss(p, s.scores)),
+}
+NEEDS_REFERENCE = {"all": lambda score: True, "negative": lambda score: score < 1,
+                   "none": lambda score: False}
+
+
+def check_fit(name: str, records) -> None:
+    """Raise ValueError, naming the methods that fit, if `name` cannot train on these records."""
+    scores = {score for record in records for score in record.scores}
+    has = {"all": bool(scores), "positive": 1 in scores, "negative": 0 in scores,
+           "pairs": any(len(set(record.scores)) > 1 for record in records)}
+    # these are more than SFT only through their bad responses
+    needs_bad = {"ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood"}
+    fit = [method for method in METHODS if has[METHODS[method].uses]
+           and (method not in needs_bad or min(scores) < 1)]
+    if name not in fit:
+        lack = {"pairs": "no prompt has a better and a worse response",
+                "positive": "no response has z = 1", "negative": "no response has z = 0",
+                "all": "no response has z < 1"}[METHODS[name].uses]
+        raise ValueError(f"--method {name} does not fit the data: {lack}; methods that fit: "
+                         f"{', '.join(fit) or 'none'}")
+
+
+# ---- the reference ------------------------------------------------------------------------------
+
+@contextmanager
+def adapters_off(model):
+    """Reference under LoRA: the same weights with adapters off."""
+    with lora_disabled(model):
+        yield model
+
+
+@contextmanager
+def frozen_copy(model):
+    """Reference when all weights are trained: a copy that is not."""
+    yield model
+
+
+# ---- one micro-batch ----------------------------------------------------------------------------
+
+def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
+                   mean: bool = False) -> tuple[Tensor, Tensor]:
+    """log π(y | x) and log π_ref(y | x) of every response of a stream: [R] each, float32, nats.
+
+    model             the policy
+    reference         context manager inside which it gives the model to use as reference
+    reference_stream  the same trees with only the responses that need a reference (others get 0)
+    mean              length averages, as in the authors' code
+    """
+    hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
+    hidden = hidden.index_select(0, stream.predict_from)                         # [N, D]
+    reference_hidden, reference_labels = hidden.new_empty(0, hidden.shape[1]), stream.labels[:0]
+    owners = stream.response_ids[:0]
+    if reference_stream is not None:
+        with torch.no_grad(), reference() as frozen:
+            reference_hidden = frozen(reference_stream.input_ids, reference_stream.position_ids,
+                                      reference_stream.segments)
+            reference_hidden = reference_hidden.index_select(0, reference_stream.predict_from)
+        reference_labels, owners = reference_stream.labels, reference_stream.response_ids
+    policy, frozen = linear_logps(hidden, reference_hidden, model.lm_head.weight, stream.labels,
+                                  reference_labels)                              # [N], [M]
+    return (response_logps(policy, stream.response_ids, len(stream.scores), mean),
+            response_logps(frozen, owners, len(stream.scores), mean))
+
+
+def loss_weights(scores: Tensor, pairs: Tensor, counts: dict, reduction: str, uses: str) -> Tensor:
+    """1 / (what the loss is averaged over, in the whole global batch), per loss.
+
+    "mean": over all responses (or pairs). "class": the mean over positives plus the mean over
+    the others, as the authors' code forms per micro-batch; here the counts are the batch's.
+    """
+    if uses == "pairs":
+        weights = [1 / counts["pairs"]] * len(pairs)
+    elif reduction == "mean":
+        weights = [1 / counts["responses"]] * len(scores)
+    else:
+        rest = counts["responses"] - counts["positive"]
+        weights = [1 / (counts["positive"] if score == 1 else rest) for score in scores.tolist()]
+    return torch.tensor(weights, dtype=torch.float64, device=scores.device)
+
+
+def batch_counts(trees: list[Tree]) -> dict:
+    """How many responses, positives (z = 1) and pairs a global batch has."""
+    return {"responses": sum(len(tree.scores) for tree in trees),
+            "positive": sum(tree.scores.count(1.0) for tree in trees),
+            "pairs": sum(len(tree.pairs) for tree in trees)}
+
+
+METRICS = ("rewards/positive", "rewards/negative", "logps/positive", "logps/negative",
+           "rewards/accuracies")
+
+
+def metric_sums(policy_logps: Tensor, reference_logps: Tensor, stream: Stream, beta: float,
+                needs_reference) -> Tensor:
+    """(sum, count) of each of METRICS over a stream: [2 · 5], detached.
+
+    rewards are beta · log-ratios, of the responses that met the reference; positive is z = 1,
+    negative z < 1; accuracies count pairs whose chosen response has the larger reward.
+    """
+    logps, rewards = policy_logps.detach(), beta * (policy_logps.detach() - reference_logps)
+    positive = stream.scores == 1                                                # [R]
+    has_reference = [needs_reference(score) for score in stream.scores.tolist()]
+    met = torch.tensor(has_reference, device=positive.device)                    # [R]
+    values = [(rewards, positive & met), (rewards, ~positive & met), (logps, positive),
+              (logps, ~positive)]
+    sums = [part for value, mask in values for part in ((value * mask).sum(), mask.sum())]
+    chosen, rejected = (rewards[stream.pairs].T if all(has_reference)
+                        else rewards.new_empty(2, 0))
+    sums += [(chosen > rejected).sum(), torch.tensor(len(chosen), device=positive.device)]
+    return torch.stack([part.double() for part in sums])
+
+
+def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], counts: dict, *,
+                   beta: float, log_z: float, mean_logps: bool, reduction: str, micro_tokens: int,
+                   device="cpu") -> Tensor:
+    """Accumulate the gradient of this rank's share of a batch; returns [loss, tokens, *METRICS].
+
+    trees    this rank's; counts, of the whole batch (see `loss_weights`)
+    """
+    needs_reference = NEEDS_REFERENCE[method.reference]
+    totals = torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64, device=device)
+    for group in pack(trees, micro_tokens):
+        stream = build_stream(group, device)
+        reference_stream = (stream if method.reference == "all"
+                            else build_stream(group, device, needs_reference))
+        policy_logps, reference_logps = sequence_logps(model, reference, stream, reference_stream,
+                                                       mean_logps)                # [R], [R]
+        losses = method.loss(policy_logps, reference_logps, stream, beta, log_z)  # [R] or [P]
+        loss = (losses * loss_weights(stream.scores, stream.pairs, counts, reduction,
+                                      method.uses)).sum()
+        loss.backward()
+        totals[0] += loss.detach()
+        totals[1] += len(stream.input_ids)
+        totals[2:] += metric_sums(policy_logps, reference_logps, stream, beta, needs_reference)
+    return totals

@@ -1,0 +1,94 @@
+"""What several test files share: a tiny tokenizer and model made on the spot, and the real data.
+
+Nothing is fetched. Tests that read real data skip, saying so, where ../shared/data is absent.
+"""
+import gzip
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from data import VICUNA_SYSTEM
+from model import Llama, LlamaConfig, save_llama
+
+ROOT = Path(__file__).parents[1]
+TINY_VOCAB = 448        # 3 specials, 256 bytes, the rest learned
+
+
+def write_jsonl(path, rows) -> str:
+    """Write rows as JSON lines (a str row goes in as it is); gzipped if the name ends in .gz."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def write_bytes(path, raw: bytes) -> str:
+    path = Path(path)
+    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
+    return str(path)
+
+
+def tree_of(folder) -> dict:
+    """Every path below a folder with its bytes: equal before and after = nothing was written."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(Path(folder).rglob("*"))}
+
+
+def save_tiny_model(folder, tokenizer_file=None, seed: int = 0, **changes) -> str:
+    """A Hugging Face folder: random Llama, D 32, L 2, H 4, kv 2, F 64, and its tokenizer."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=TINY_VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    save_llama(Llama(LlamaConfig(**(shape | changes))), str(folder))
+    if tokenizer_file:
+        shutil.copy(tokenizer_file, os.path.join(folder, "tokenizer.model"))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> str:
+    """Path of a tokenizer.model of Llama's kind: BPE, byte fallback, identity normalisation."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    who = ("my friend", "the teacher", "a neighbour", "nobody", "the old doctor", "our cat")
+    does = ("paints", "sold", "will move", "wants to clean", "forgot", "cannot find")
+    what = ("a red boat", "two lamps", "the garden door", "every letter", "42 bottles", "it")
+    sentences = [f"{a[0].upper()}{a[1:]} {b} {c}." for a, b, c in itertools.product(who, does, what)]
+    sentences += [f"How do I fix {c}? First ask {a}, then wait." for a, c in
+                  itertools.product(who, what)]
+    sentences += [VICUNA_SYSTEM + " USER: ASSISTANT:"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(folder / "tokenizer"),
+        model_type="bpe", vocab_size=TINY_VOCAB, byte_fallback=True, character_coverage=1.0,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    return str(folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_tokenizer) -> str:
+    """Path of a Hugging Face folder; read only, make another with save_tiny_model to change it."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository: HH, QA-feedback, red-team, tokenizer."""
+    folder = ROOT / "../shared/data"
+    if not folder.is_dir():
+        pytest.skip("real data not found: ../shared/data (HH harmless-base test, QA-feedback dev)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hh_file(shared_data) -> str:
+    return str(shared_data / "hh_harmless_base_test/test.jsonl.gz")
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(shared_data):
+    from data import Tokenizer
+    return Tokenizer(str(shared_data / "llama2_tokenizer"))

@@ -1,0 +1,434 @@
+"""linear_logps: as exact as its dtype allows, no [N, V] tensor, bad input refused by name."""
+import math
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import linear_logps, linear_logps_torch
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def make_rows(n, m, width=24, vocab=301, dtype=torch.float32, device="cpu", seed=0, scale=1.0):
+    """policy_hidden, reference_hidden, weight, policy_labels, reference_labels; logits ~ scale."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    labels = torch.randint(vocab, (n + m,), generator=generator).to(device)
+    return (scale * normal(n, width), normal(m, width) * scale, normal(vocab, width) / width ** 0.5,
+            labels[:n], labels[n:])
+
+
+def true_logps(hidden, weight, labels):
+    """log softmax(hidden Wᵀ)[label] in float64, of the very numbers the rounded inputs hold."""
+    logits = hidden.detach().double() @ weight.detach().double().T
+    top = logits.max(-1).values if logits.numel() else logits.sum(-1)
+    lse = top + (logits - top[:, None]).exp().sum(-1).log()
+    return logits[torch.arange(len(labels)), labels] - lse
+
+
+def true_gradient(hidden, weight, labels, upstream):
+    """Σ_v (1[v = label] - softmax_v) W_v times the upstream gradient of each row, float64."""
+    weight = weight.detach().double()
+    logits = hidden.detach().double() @ weight.T
+    rows = torch.arange(len(labels), device=labels.device)
+    error = -(logits - logits.max(-1, keepdim=True).values).exp()
+    error /= -error.sum(-1, keepdim=True)
+    # 1 - softmax as a sum over the others: 1 - p loses every digit where p is near 1
+    others = error.clone()
+    others[rows, labels] = 0
+    error[rows, labels] = -others.sum(-1)
+    return upstream.double()[:, None] * (error @ weight)
+
+
+def eager_logps(hidden, weight, labels):
+    """What everyone writes: the whole product in the inputs' dtype, then float32."""
+    logits = hidden @ weight.T
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def gradient_of(logps, hidden, upstream):
+    return torch.autograd.grad((logps * upstream).sum(), hidden)[0]
+
+
+def row_errors(values, truth):
+    """‖value - truth‖ / ‖truth‖ of every row."""
+    return (values.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
+
+
+# ---- error budget -------------------------------------------------------------------------------
+
+SHAPES = {                        # N, M, chunk_rows
+    "chunk larger than N + M": (7, 5, 512),
+    "chunk divides N + M": (8, 4, 4),
+    "chunk divides neither, straddles both": (11, 6, 4),
+    "chunk of one row": (3, 2, 1),
+    "one row": (1, 0, 512),
+    "one row of each, one chunk": (1, 1, 2),
+    "no reference rows": (9, 0, 4),
+    "only reference rows": (0, 9, 4),
+    "nothing": (0, 0, 4),
+}
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("n, m, chunk_rows", SHAPES.values(), ids=SHAPES)
+def test_logps_and_gradient_for_every_chunking(n, m, chunk_rows, dtype, device):
+    # float32: 1e-5 absolute, and 1e-5 of the gradient's length row by row, whatever its sign
+    # upstream. bfloat16: no further from the truth than eager torch (+ 1e-5); the gradient is
+    # rounded twice, as u and as g u, by up to 2^-8 = 4e-3 and some 2e-3 of a row's length: 6e-3.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        n, m, dtype=dtype, device=device, seed=n, scale=3.0)
+    hidden.requires_grad_()
+    logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels,
+                                          reference_labels, chunk_rows)
+    assert logps.shape == (n,) and reference_logps.shape == (m,)
+    assert logps.dtype == reference_logps.dtype == torch.float32
+    assert not reference_logps.requires_grad
+    for ours, rows, row_labels in ((logps, hidden, labels),
+                                   (reference_logps, reference_hidden, reference_labels)):
+        truth = true_logps(rows, weight, row_labels)
+        allowed = 1e-5
+        if dtype == torch.bfloat16 and len(rows):
+            eager = eager_logps(rows.detach(), weight, row_labels)
+            allowed += (eager.double() - truth).abs().max().item()
+        assert ((ours.double() - truth).abs() <= allowed).all()
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(device)   # both signs
+    gradient = gradient_of(logps, hidden, upstream)
+    assert gradient.dtype == dtype and gradient.shape == hidden.shape
+    truth = true_gradient(hidden, weight, labels, upstream)
+    assert (row_errors(gradient, truth) <= (1e-5 if dtype == torch.float32 else 6e-3)).all()
+
+
+@each_device
+@each_dtype
+def test_logps_at_llama_vocabulary_and_large_logits(dtype, device):
+    # V = 32000 and logits of spread 30, where eager bfloat16 is off by up to half a nat: its logits
+    # are rounded to 8 bits. Ours must keep float32 logits: 1e-2 of that error at most on a CPU.
+    n, m = 13, 6
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        n, m, width=48, vocab=32000, dtype=dtype, device=device, seed=2, scale=30.0)
+    hidden.requires_grad_()
+    logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels,
+                                          reference_labels, 8)
+    ours = torch.cat([logps, reference_logps]).detach().double()
+    rows = torch.cat([hidden.detach(), reference_hidden])
+    all_labels = torch.cat([labels, reference_labels])
+    truth = true_logps(rows, weight, all_labels)
+    error = (ours - truth).abs().max().item()
+    eager_error = (eager_logps(rows, weight, all_labels).double() - truth).abs().max().item()
+    # float32 itself rounds logits of 100 by 100 · 2^-24 · sqrt(48) terms: a few 1e-5
+    assert error <= eager_error + 5e-5
+    if dtype == torch.bfloat16 and device == "cpu":
+        assert eager_error > 0.05 and error < 1e-2 * eager_error
+    upstream = torch.linspace(-1, 1, n, device=device)
+    upstream[n // 2] = 0.5
+    gradient = gradient_of(logps, hidden, upstream)
+    truth = true_gradient(hidden, weight, labels, upstream)
+    allowed = 5e-5 if dtype == torch.float32 else 6e-3
+    if device != "cpu":           # the softmax of rounded logits: what eager's is allowed
+        eager = gradient_of(eager_logps(hidden, weight, labels), hidden, upstream)
+        allowed += row_errors(eager, truth).max().item()
+    assert (row_errors(gradient, truth) <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_extreme_logits_by_hand(dtype):
+    # One-hot rows make the logits a row of the head, exactly (2^14 is a bfloat16, 1e4 is not).
+    # (16384, -16384, 0): log-probs 0, -32768, -16384, since exp(-16384) = 0. All three -16384:
+    # -ln 3 (without subtracting the maximum: log 0). Two on top: -ln 2 and -32768 - ln 2.
+    top = 16384.0
+    cases = [([top, -top, 0], [0, -2 * top, -top]),
+             ([-top] * 3, [-math.log(3)] * 3),
+             ([top] * 3, [-math.log(3)] * 3),
+             ([top, top, -top], [-math.log(2), -math.log(2), -2 * top - math.log(2)])]
+    weight = torch.tensor([logits for logits, _ in cases]).T.to(dtype).contiguous()       # [3, 4]
+    hidden = torch.eye(4).repeat_interleave(3, 0).to(dtype).requires_grad_()              # [12, 4]
+    labels = torch.arange(3).repeat(4)
+    expected = torch.tensor([value for _, values in cases for value in values],
+                            dtype=torch.float64)
+    policy_logps, reference_logps = linear_logps(hidden, hidden.detach(), weight, labels, labels,
+                                                 chunk_rows=5)
+    for logps in (policy_logps, reference_logps):
+        assert_close(logps.double(), expected, rtol=1e-7, atol=1e-6)
+    gradient = gradient_of(policy_logps, hidden, torch.ones(12))
+    assert gradient.isfinite().all()
+    # A sure label has no gradient; the second of case 1 pulls W_1 - W_0 = -32768 in column 0.
+    assert gradient[0].abs().max() == 0
+    assert gradient[1, 0].item() == -2 * top
+
+
+@each_device
+@each_dtype
+def test_gradient_of_confident_rows_does_not_cancel(dtype, device):
+    # p(label) = 1 - q with q about 1e-3: u = q W_label - ..., a small difference. Rounding softmax
+    # to bfloat16 before onehot - softmax leaves 1 - 1 = 0 or 1 - 0.996: off by 100 % and more.
+    width = 16
+    weight = torch.eye(width).to(device, dtype)
+    hidden = torch.zeros(width, width)
+    hidden.fill_diagonal_(10.0)                       # q = 15 / (e^10 + 15) = 6.8e-4
+    hidden = hidden.to(device, dtype).requires_grad_()
+    labels = torch.arange(width, device=device)
+    logps, _ = linear_logps(hidden, hidden[:0].detach(), weight, labels, labels[:0])
+    gradient = gradient_of(logps, hidden, torch.ones(width, device=device))
+    truth = true_gradient(hidden, weight, labels, torch.ones(width, device=device))
+    assert_close(truth[0, 0].item(), 15 / (math.e ** 10 + 15), rtol=1e-9, atol=0)
+    # in float32 1 - p has 2^-24 of error over q = 6.8e-4: 1e-4
+    assert (row_errors(gradient, truth) <= (2e-4 if dtype == torch.float32 else 6e-3)).all()
+
+
+@each_device
+def test_first_and_last_label(device):
+    # An off-by-one at either end of the vocabulary reads a neighbour's logit or out of bounds.
+    hidden, reference_hidden, weight, _, _ = make_rows(4, 2, vocab=33, device=device, seed=3)
+    hidden.requires_grad_()
+    labels = torch.tensor([0, 32, 0, 32], device=device)
+    logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels, labels[:2], 3)
+    assert_close(logps.double(), true_logps(hidden, weight, labels), rtol=0, atol=1e-5)
+    assert_close(reference_logps.double(), true_logps(reference_hidden, weight, labels[:2]),
+                 rtol=0, atol=1e-5)
+    upstream = torch.tensor([1.0, -1.0, -2.0, 2.0], device=device)
+    truth = true_gradient(hidden, weight, labels, upstream)
+    assert (row_errors(gradient_of(logps, hidden, upstream), truth) <= 1e-5).all()
+
+
+def test_gradcheck():
+    # Central differences in float64 of every entry of hidden, chunks of two over five rows.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        5, 2, width=4, vocab=7, dtype=torch.float64, seed=4)
+    hidden.requires_grad_()
+
+    def policy_logps(hidden):
+        return linear_logps(hidden, reference_hidden, weight, labels, reference_labels, 2)[0]
+
+    assert policy_logps(hidden).dtype == torch.float64
+    assert torch.autograd.gradcheck(policy_logps, hidden, eps=1e-6, atol=1e-9, rtol=1e-7)
+
+
+# ---- rows do not see each other -----------------------------------------------------------------
+
+@each_device
+@each_dtype
+def test_same_bits_twice(dtype, device):
+    # Nothing left over in the reused buffer, no sum whose order varies.
+    rows = make_rows(37, 20, dtype=dtype, device=device, seed=5)
+    rows[0].requires_grad_()
+    upstream = torch.randn(37, generator=torch.Generator().manual_seed(6)).to(device)
+    first, second = [], []
+    for results in (first, second):
+        logps, reference_logps = linear_logps(*rows, 16)
+        results += [logps, reference_logps, gradient_of(logps, rows[0], upstream)]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@each_device
+def test_policy_and_reference_rows_are_independent(device):
+    # 11 + 6 rows in chunks of 4: rows 8..11 share a chunk. Other rows' hidden states and labels
+    # must not move a bit of a row's log-prob or gradient.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        11, 6, device=device, seed=7)
+    other = make_rows(11, 6, device=device, seed=8)
+    hidden.requires_grad_()
+    upstream = torch.ones(11, device=device)
+    logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels,
+                                          reference_labels, 4)
+    gradient = gradient_of(logps, hidden, upstream)
+    logps_again, _ = linear_logps(hidden, other[1], weight, labels, other[4], 4)
+    assert torch.equal(logps, logps_again)
+    assert torch.equal(gradient, gradient_of(logps_again, hidden, upstream))
+    _, reference_again = linear_logps(other[0], reference_hidden, weight, other[3],
+                                      reference_labels, 4)
+    assert torch.equal(reference_logps, reference_again)
+
+
+def test_gradient_reaches_the_rows_that_have_an_upstream_gradient():
+    # g_n = 0 makes row n's gradient exactly 0 and leaves the others alone.
+    rows = make_rows(6, 3, seed=9)
+    rows[0].requires_grad_()
+    upstream = torch.tensor([1.0, 0.0, -3.0, 0.0, 0.5, 0.0])
+    logps, _ = linear_logps(*rows, 4)
+    gradient = gradient_of(logps, rows[0], upstream)
+    assert torch.equal(gradient.abs().sum(-1) == 0, upstream == 0)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_no_gradient_reaches_the_reference(trained_head):
+    # The reference is a constant of every objective, even if its hidden states have a graph.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(5, 4, seed=10)
+    hidden.requires_grad_()
+    reference_hidden.requires_grad_()
+    weight.requires_grad_(trained_head)
+    logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels,
+                                          reference_labels, 3)
+    assert logps.requires_grad and not reference_logps.requires_grad
+    (logps.sum() - reference_logps.sum()).backward()
+    assert reference_hidden.grad is None
+
+
+def test_without_a_gradient_the_logps_are_the_same():
+    # Evaluation runs under no_grad, where no u is formed.
+    rows = make_rows(9, 5, seed=11)
+    with torch.no_grad():
+        quiet = linear_logps(*rows, 4)
+    rows[0].requires_grad_()
+    loud = linear_logps(*rows, 4)
+    assert not quiet[0].requires_grad and loud[0].requires_grad
+    assert torch.equal(quiet[0], loud[0]) and torch.equal(quiet[1], loud[1])
+
+
+def test_arguments_are_left_alone():
+    # The log-softmax works in place: on the buffer, not on the caller's tensors.
+    rows = make_rows(9, 5, seed=12)
+    before = [t.clone() for t in rows]
+    rows[0].requires_grad_()
+    logps, _ = linear_logps(*rows, 4)
+    logps.sum().backward()
+    assert all(torch.equal(a, b.detach()) for a, b in zip(before, rows, strict=True))
+
+
+# ---- a head that is trained ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, m, chunk_rows", SHAPES.values(), ids=SHAPES)
+def test_trainable_head_equals_eager(n, m, chunk_rows):
+    # Full fine-tuning trains the head too: the same log-probs, and both gradients, as a product
+    # over the whole vocabulary gives.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        n, m, dtype=torch.float64, seed=20 + n)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels,
+                                          reference_labels, chunk_rows)
+    eager = eager_logps(hidden, weight, labels)
+    assert_close(logps, eager, rtol=0, atol=1e-12)
+    assert_close(reference_logps, eager_logps(reference_hidden, weight, reference_labels).detach(),
+                 rtol=0, atol=1e-12)
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    ours = torch.autograd.grad((logps * upstream).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((eager * upstream).sum(), (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@each_dtype
+def test_frozen_and_trainable_heads_agree(dtype):
+    # Two code paths, one answer: within what rounding logits to the inputs' dtype costs.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        9, 5, dtype=dtype, seed=13)
+    hidden.requires_grad_()
+    frozen = linear_logps(hidden, reference_hidden, weight, labels, reference_labels, 4)
+    gradient = gradient_of(frozen[0], hidden, torch.ones(9))
+    weight.requires_grad_()
+    trained = linear_logps(hidden, reference_hidden, weight, labels, reference_labels, 4)
+    atol = 1e-5 if dtype == torch.float32 else 0.02           # logits up to 4: 4 · 2^-8
+    for a, b in zip(frozen, trained, strict=True):
+        assert b.dtype == torch.float32
+        assert_close(a, b, rtol=0, atol=atol)
+    other = gradient_of(trained[0], hidden, torch.ones(9))
+    assert (row_errors(other, gradient.double()) <= (1e-5 if dtype == torch.float32 else 2e-2)).all()
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+class Recorder(TorchDispatchMode):
+    """Remembers every storage created inside: its bytes, and whether it still lives."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.given, self.storages = {t.untyped_storage()._cdata for t in inputs}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.given:                # else a view of an input
+                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def largest(self):
+        return max(size for _, size in self.storages.values())
+
+    def alive(self):
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_logits_of_all_rows_never_exist(trained_head):
+    # N = M = 600, V = 1000: [N, V] in float32 is 2.4 MB, a chunk of 50 rows 0.2 MB, the head
+    # 32 kB. Largest of all tensors in forward and backward: one chunk. Kept between the two: u, as
+    # large as the hidden states; nothing of the chunks, whose logits a trained head forms again.
+    n, vocab, width, chunk_rows = 600, 1000, 8, 50
+    rows = make_rows(n, n, width=width, vocab=vocab, seed=14)
+    rows[0].requires_grad_()
+    rows[2].requires_grad_(trained_head)
+    with Recorder(rows) as recorder:
+        logps, reference_logps = linear_logps(*rows, chunk_rows)
+    assert recorder.largest() == 4 * chunk_rows * vocab
+    assert recorder.alive() <= 4 * n * width + 4 * 2 * n                  # u and the log-probs
+    with Recorder(rows) as recorder:
+        (logps.sum() - reference_logps.sum()).backward()
+    assert recorder.largest() <= 4 * chunk_rows * vocab
+
+
+def test_one_buffer_serves_every_chunk():
+    # Frozen head: [chunk, V] is created once, not per chunk, and bfloat16 rows do not keep the
+    # float32 copy of the head after the forward.
+    n, vocab, width, chunk_rows = 96, 500, 8, 16
+    rows = make_rows(n, 0, width=width, vocab=vocab, dtype=torch.bfloat16, seed=15)
+    rows[0].requires_grad_()
+    with Recorder(rows) as recorder:
+        logps, _ = linear_logps(*rows, chunk_rows)
+    sizes = [size for _, size in recorder.storages.values()]
+    assert sizes.count(4 * chunk_rows * vocab) == 1
+    assert recorder.alive() <= 2 * n * width + 4 * n                      # u and the log-probs
+    assert logps.requires_grad
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+REFUSALS = {                      # which argument becomes what, and the error's words
+    "policy width": (0, torch.zeros(3, 5), r"policy_hidden is \[3, 5\]; expected \[rows, 4\] to "
+                                           r"fit weight \[7, 4\]"),
+    "reference width": (1, torch.zeros(2, 5), r"reference_hidden is \[2, 5\]; expected \[rows, 4\]"),
+    "policy not a matrix": (0, torch.zeros(3, 1, 4), r"policy_hidden is \[3, 1, 4\]; expected"),
+    "reference not a matrix": (1, torch.zeros(4), r"reference_hidden is \[4\]; expected"),
+    "policy dtype": (0, torch.zeros(3, 4, dtype=torch.bfloat16),
+                     "policy_hidden is torch.bfloat16, weight is torch.float32"),
+    "reference dtype": (1, torch.zeros(2, 4, dtype=torch.float64),
+                        "reference_hidden is torch.float64, weight is torch.float32"),
+    "too few policy labels": (3, torch.zeros(2, dtype=torch.int64),
+                              r"policy_labels is \[2\] torch.int64; expected \[3\] int64"),
+    "too many reference labels": (4, torch.zeros(3, dtype=torch.int64),
+                                  r"reference_labels is \[3\] torch.int64; expected \[2\] int64"),
+    "labels of another dtype": (3, torch.zeros(3, dtype=torch.int32),
+                                r"policy_labels is \[3\] torch.int32; expected \[3\] int64"),
+    "labels not a vector": (3, torch.zeros(3, 1, dtype=torch.int64), r"policy_labels is \[3, 1\]"),
+    "label past the vocabulary": (3, torch.tensor([0, 6, 7]), r"policy_labels span 0\.\.7; the head "
+                                                              "has 7 rows"),
+    "ignored label": (4, torch.tensor([-100, 6]), r"reference_labels span -100\.\.6; the head has"),
+}
+
+
+@pytest.mark.parametrize("function", {linear_logps, linear_logps_torch})
+@pytest.mark.parametrize("position, value, message", REFUSALS.values(), ids=REFUSALS)
+def test_bad_input_is_refused_by_name(function, position, value, message):
+    # 3 policy rows, 2 reference rows, D = 4, V = 7; one argument wrong at a time. A label of -100
+    # would otherwise gather from the end of the row or crash without a name.
+    arguments = [torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(7, 4),
+                 torch.tensor([0, 6, 3]), torch.tensor([6, 0])]
+    function(*arguments)                                       # fits as it is
+    arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+    arguments[2] = arguments[2].clone().requires_grad_()       # nor does a trained head take it
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)

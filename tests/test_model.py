@@ -1,0 +1,656 @@
+"""The model against tests/plain.py; the tree rule; Hugging Face folders, good and bad."""
+import json
+import math
+import os
+import struct
+
+import pytest
+import torch
+from plain import plain_hidden, plain_log_probs, plain_logps, random_weights
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import model as model_file
+from model import (
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    _UpcastLinear,
+    attention_segments,
+    linear,
+    load_llama,
+    open_safetensors,
+    read_config,
+    rotary_angles,
+    rotate,
+    save_llama,
+    weight_files,
+)
+from trees import Tree, build_stream
+
+SHAPE = dict(vocab_size=29, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+             num_attention_heads=4, rms_norm_eps=1e-5, rope_theta=100.0)
+CONFIGS = {
+    "multi-head": LlamaConfig(**SHAPE),
+    "grouped-query": LlamaConfig(**SHAPE, num_key_value_heads=2),
+    "multi-query": LlamaConfig(**SHAPE, num_key_value_heads=1),
+    "tied head": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "rope factor 2": LlamaConfig(**SHAPE, num_key_value_heads=2, rope_factor=2.0),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+GQA = CONFIGS["grouped-query"]
+
+
+def make_model(config, seed=0):
+    """The project's model with plain.py's random weights, float64; and those weights."""
+    weights = random_weights(config, seed)
+    model = Llama(config).double()
+    model.load_state_dict(weights)
+    return model, weights
+
+
+def random_tokens(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(SHAPE["vocab_size"], (length,), generator=generator).tolist()
+
+
+def random_trees():
+    """Five trees: none, one and many responses apart from each other, one of a single EOS."""
+    sizes = [(5, [4, 1, 7]), (1, [3]), (8, [1]), (3, [2, 2, 2, 6]), (6, [9, 5])]
+    trees, seed = [], 100
+    for prompt_size, response_sizes in sizes:
+        responses = [random_tokens(n - 1, seed + k) + [2] for k, n in enumerate(response_sizes)]
+        trees.append(Tree([1] + random_tokens(prompt_size - 1, seed + 50), responses,
+                          [1.0] * len(responses), []))
+        seed += 100
+    return trees
+
+
+def stream_hidden(model, stream):
+    with torch.no_grad():
+        return model(stream.input_ids, stream.position_ids, stream.segments)
+
+
+def stream_logps(model, stream):
+    """Sum of log π of every response of a stream, from its scored positions: [R]."""
+    logits = stream_hidden(model, stream)[stream.predict_from] @ model.lm_head.weight.T
+    values = logits.log_softmax(-1)[torch.arange(len(stream.labels)), stream.labels]
+    return torch.zeros(len(stream.scores), dtype=values.dtype).index_add(0, stream.response_ids,
+                                                                         values.detach())
+
+
+def bf16_normal(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def assert_rounded_once(value, truth):
+    """value is truth rounded to bfloat16 (2^-8 relative), give or take float32 accumulation."""
+    assert value.dtype == torch.bfloat16
+    assert ((value.double() - truth).abs() <= 2 ** -8 * truth.abs() + 1e-5).all()
+
+
+# ---- against the plain forward ------------------------------------------------------------------
+
+@each_config
+def test_hidden_and_logits_equal_the_plain_forward(config):
+    # Lengths 1, 2 and 17, right-padded there and one at a time here. Catches a wrong rotary
+    # pairing, head order, mask, scale, norm or residual.
+    model, weights = make_model(config)
+    rows = [random_tokens(n, seed=n) for n in (1, 2, 17)]
+    hidden = plain_hidden(weights, config, rows)
+    log_probs = plain_log_probs(weights, config, rows)
+    for b, row in enumerate(rows):
+        with torch.no_grad():
+            ours = model(torch.tensor(row))                                      # [T, D]
+        assert ours.dtype == torch.float64
+        assert_close(ours, hidden[b, :len(row)], rtol=0, atol=1e-9)
+        logits = ours @ model.lm_head.weight.T
+        assert_close(logits.log_softmax(-1), log_probs[b, :len(row)], rtol=0, atol=1e-9)
+
+
+@each_config
+def test_gradient_of_every_weight_equals_the_plain_forward(config):
+    # Full fine-tuning: Σ of three responses' log-probs, differentiated by all weights. A tied
+    # embedding has the gradient of both its uses.
+    model, weights = make_model(config, seed=1)
+    weights = {name: t.clone().requires_grad_() for name, t in weights.items()
+               if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    tree = random_trees()[0]
+    examples = [(tree.prompt_ids, ids) for ids in tree.response_ids]
+    plain_logps(weights, config, examples).sum().backward()
+    stream = build_stream([tree])
+    hidden = model(stream.input_ids, stream.position_ids, stream.segments)
+    logits = hidden[stream.predict_from] @ model.lm_head.weight.T
+    logits.log_softmax(-1).gather(1, stream.labels[:, None]).sum().backward()
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(weights)
+    for name, weight in weights.items():
+        assert_close(parameters[name].grad, weight.grad, rtol=0, atol=1e-9)
+
+
+def test_float32_and_bfloat16_stay_near_float64():
+    # Relative rounding 2^-24 and 2^-8 through two layers: about 1e-6 and 1e-2 of the norm. A cast
+    # that drops the position (cos of position 4096 in bfloat16 angles) would be off by all of it.
+    model, _ = make_model(GQA)
+    input_ids, position_ids = torch.tensor(random_tokens(20, seed=5)), torch.arange(4000, 4020)
+    with torch.no_grad():
+        truth = model(input_ids, position_ids)
+        single = model.float()(input_ids, position_ids)
+        half = model.bfloat16()(input_ids, position_ids)
+    assert single.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert (single - truth).norm() < 3e-6 * truth.norm()
+    assert (half - truth).norm() < 5e-2 * truth.norm()
+
+
+def test_rms_norm_by_hand_and_in_float32():
+    # (3, 4): mean square 25/2, so 3 / sqrt(25/2 + eps) and 4 / …; gain (1, 2).
+    norm = RMSNorm(2, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    rms = math.sqrt(12.5)
+    assert_close(norm(torch.tensor([[3.0, 4.0]])), torch.tensor([[3 / rms, 8 / rms]]))
+    # A zero row is 0 / sqrt(eps), not 0 / 0.
+    assert RMSNorm(2, eps=1e-5)(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
+    # bfloat16 rows are rounded once, at the end: a mean or a root in bfloat16 would add 2^-8 each.
+    x = bf16_normal(50, 64, seed=0)
+    truth = x.double() / (x.double() ** 2).mean(-1, keepdim=True).sqrt()
+    assert_rounded_once(RMSNorm(64, eps=0.0).bfloat16()(x), truth)
+
+
+def test_rotary_angles_by_hand():
+    # Dh = 4, theta = 100: frequencies 1 and 100^(-2/4) = 1/10. Position 4095: float32 angles are
+    # off by up to 2^-13 = 1.2e-4. Factor 4 reads position 4 where 1 was.
+    cos, sin = rotary_angles(torch.tensor([0, 3, 4095]), head_dim=4, theta=100.0)
+    for t, position in enumerate((0, 3, 4095)):
+        for i, frequency in enumerate((1.0, 0.1)):
+            assert abs(cos[t, i].item() - math.cos(position * frequency)) < 1e-12
+            assert abs(sin[t, i].item() - math.sin(position * frequency)) < 1e-12
+    slow = rotary_angles(torch.tensor([4]), 4, 100.0, factor=4.0)
+    assert_close(slow, rotary_angles(torch.tensor([1]), 4, 100.0), rtol=0, atol=1e-15)
+
+
+def test_rotate_pairs_the_halves():
+    # A quarter turn takes (x_i, x_{i+2}) to (-x_{i+2}, x_i): (1, 2, 3, 4) -> (-3, -4, 1, 2). Meta's
+    # pairing of neighbours would give (-2, 1, -4, 3).
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    turned = rotate(x, torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
+    assert turned.tolist() == [[[-3.0, -4.0, 1.0, 2.0]]]
+
+
+def test_llama_2_7b_has_6_738_415_616_parameters():
+    # 2 · 32000 · 4096 + 32 (4 · 4096² + 3 · 4096 · 11008 + 2 · 4096) + 4096, the published count.
+    with torch.device("meta"):
+        model = Llama(LlamaConfig())
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
+
+
+def test_grouped_query_repeats_each_key_for_neighbouring_queries():
+    # Two kv heads, four q heads: q heads 0, 1 read kv 0 and 2, 3 read kv 1. Tiling instead of
+    # interleaving (0, 1, 0, 1) loads the checkpoint without complaint and computes another model.
+    v = torch.tensor([10.0, 20.0]).view(1, 2, 1).expand(1, 2, 2)
+    q, k = torch.ones(1, 4, 2), torch.ones(1, 2, 2)
+    mixed = model_file.attention(q, k, v)
+    assert mixed[0, :, 0].tolist() == [10.0, 10.0, 20.0, 20.0]
+
+
+# ---- the tree rule ------------------------------------------------------------------------------
+
+@each_config
+def test_packed_stream_equals_each_response_alone(config):
+    # Packing and prompt sharing are exact: the stream of five trees gives, for every response, the
+    # log-prob of its own padded row prompt + response.
+    model, weights = make_model(config, seed=2)
+    trees = random_trees()
+    packed = stream_logps(model, build_stream(trees))
+    examples = [(tree.prompt_ids, ids) for tree in trees for ids in tree.response_ids]
+    assert_close(packed, plain_logps(weights, config, examples), rtol=0, atol=1e-9)
+    alone = torch.cat([stream_logps(model, build_stream([Tree(prompt, [ids], [1.0], [])]))
+                       for prompt, ids in examples])
+    assert_close(packed, alone, rtol=0, atol=1e-12)
+
+
+def test_left_out_responses_keep_their_number():
+    # The reference stream holds only the responses asked for (`wanted`): the others get 0, the
+    # rest is unchanged, so the two vectors line up.
+    model, _ = make_model(GQA)
+    trees = [Tree(tree.prompt_ids, tree.response_ids,
+                  [float(k % 2) for k in range(len(tree.scores))], []) for tree in random_trees()]
+    stream = build_stream(trees)
+    part = build_stream(trees, wanted=lambda score: score < 1)
+    assert len(part.input_ids) < len(stream.input_ids)
+    expected = torch.where(stream.scores < 1, stream_logps(model, stream), 0.0)
+    assert_close(stream_logps(model, part), expected, rtol=0, atol=1e-12)
+
+
+def test_a_changed_token_is_seen_only_by_later_tokens_of_its_response():
+    # The middle token of response 1 of tree 3 changes: not one bit of its siblings, of its own
+    # earlier tokens or of the other trees may move; its own later tokens must.
+    model, _ = make_model(GQA, seed=3)
+    trees = random_trees()
+    stream = build_stream(trees)
+    mine = (stream.tree_ids == 4) & (stream.branch_ids == 1)
+    places = mine.nonzero()[:, 0]
+    changed = stream.input_ids.clone()
+    changed[places[3]] = (changed[places[3]] + 1) % SHAPE["vocab_size"]
+    before = stream_hidden(model, stream)
+    with torch.no_grad():
+        after = model(changed, stream.position_ids, stream.segments)
+    moved = (before != after).any(-1)
+    later = torch.zeros_like(moved)
+    later[places[3:]] = True
+    assert torch.equal(moved, later)
+
+
+def test_a_changed_prompt_token_is_seen_by_all_of_its_tree_and_no_other():
+    # Token 2 of tree 0's prompt: the prompt from there on and all three responses move.
+    model, _ = make_model(GQA, seed=4)
+    stream = build_stream(random_trees())
+    changed = stream.input_ids.clone()
+    changed[2] = (changed[2] + 1) % SHAPE["vocab_size"]
+    with torch.no_grad():
+        after = model(changed, stream.position_ids, stream.segments)
+    moved = (stream_hidden(model, stream) != after).any(-1)
+    expected = stream.tree_ids == 0
+    expected[:2] = False
+    assert torch.equal(moved, expected)
+
+
+def rule(tree_ids, branch_ids):
+    """The sentence at the top of model.py, one pair of positions at a time."""
+    size = len(tree_ids)
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    for i in range(size):
+        for j in range(i + 1):
+            mask[i, j] = (tree_ids[i] == tree_ids[j]
+                          and branch_ids[j] in (0, branch_ids[i]))
+    return mask
+
+
+def whole_mask(segments, size):
+    """The blocks put back into one [T, T] mask; outside them nothing is seen."""
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    for start, end, block in segments:
+        assert block.shape == (end - start, end - start)
+        mask[start:end, start:end] = block
+    return mask
+
+
+@pytest.mark.parametrize("block_tokens", [1, 12, 20, 10 ** 9])
+def test_attention_segments_follow_the_rule_at_any_block_size(monkeypatch, block_tokens):
+    # BLOCK_TOKENS trades speed for waste; it must not touch what sees what, nor the log-probs.
+    model, _ = make_model(GQA)
+    trees = random_trees()
+    expected = stream_logps(model, build_stream(trees))
+    monkeypatch.setattr(model_file, "BLOCK_TOKENS", block_tokens)
+    stream = build_stream(trees)
+    covered = [t for start, end, _ in stream.segments for t in range(start, end)]
+    assert covered == list(range(len(stream.input_ids)))
+    assert torch.equal(whole_mask(stream.segments, len(stream.input_ids)),
+                       rule(stream.tree_ids.tolist(), stream.branch_ids.tolist()))
+    assert_close(stream_logps(model, stream), expected, rtol=0, atol=1e-12)
+    if block_tokens == 1:
+        assert len(stream.segments) == len(trees)
+    if block_tokens == 10 ** 9:
+        assert len(stream.segments) == 1
+
+
+@pytest.mark.parametrize("sizes, spans", [
+    ([100, 100, 56], [(0, 256)]),                       # just fits
+    ([100, 100, 57], [(0, 200), (200, 257)]),           # one token too many
+    ([300, 10, 10], [(0, 300), (300, 320)]),            # too large: alone, not cut
+    ([10, 300, 10], [(0, 10), (10, 310), (310, 320)]),
+    ([256, 1, 255, 1], [(0, 256), (256, 512), (512, 513)]),
+    ([400], [(0, 400)]),
+])
+def test_blocks_merge_trees_up_to_256_tokens(sizes, spans):
+    # By hand, at BLOCK_TOKENS = 256: whole trees, in order, greedily.
+    assert model_file.BLOCK_TOKENS == 256
+    tree_ids = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
+    segments = attention_segments(tree_ids, torch.zeros_like(tree_ids))
+    assert [(start, end) for start, end, _ in segments] == spans
+    for start, end, mask in segments:
+        same = tree_ids[start:end, None] == tree_ids[start:end]
+        assert mask.dtype == torch.bool and torch.equal(mask, same.tril())
+
+
+# ---- bfloat16 products on CPUs without bfloat16 units -------------------------------------------
+
+@pytest.mark.parametrize("x_learns, weight_learns", [(True, False), (False, True), (True, True)])
+def test_upcast_linear_and_its_backward_round_once(x_learns, weight_learns):
+    # Against float64 products of the same bfloat16 numbers; called directly, so that a CPU with
+    # bfloat16 units tests it too. The backward must follow y = x Wᵀ: grad W and gradᵀ x.
+    x, weight, upstream = (bf16_normal(7, 33, seed=0), bf16_normal(5, 33, seed=1),
+                           bf16_normal(7, 5, seed=2))
+    x.requires_grad_(x_learns)
+    weight.requires_grad_(weight_learns)
+    y = _UpcastLinear.apply(x, weight)
+    assert_rounded_once(y, x.double() @ weight.double().T)
+    y.backward(upstream)
+    if x_learns:
+        assert_rounded_once(x.grad, upstream.double() @ weight.detach().double())
+    if weight_learns:
+        assert_rounded_once(weight.grad, upstream.double().T @ x.detach().double())
+    assert (x.grad is None) == (not x_learns) and (weight.grad is None) == (not weight_learns)
+
+
+def test_upcast_linear_keeps_no_float32_copy():
+    # A frozen bfloat16 7B model has 13 GB of weights: a saved float32 copy would be 26 GB more. With
+    # the weight frozen the input is not kept either.
+    x, weight = bf16_normal(7, 33, seed=0).requires_grad_(), bf16_normal(5, 33, seed=1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _UpcastLinear.apply(x, weight)
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+    assert kept[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_linear_gives_the_same_with_and_without_bf16_units(monkeypatch, has_units):
+    # `linear` picks by CPU: both ways must be one rounding from the float64 product.
+    monkeypatch.setattr(model_file, "cpu_multiplies_bf16", lambda: has_units)
+    x, weight = bf16_normal(7, 33, seed=0), bf16_normal(5, 33, seed=1)
+    assert_rounded_once(linear(x, weight), x.double() @ weight.double().T)
+    assert_close(linear(x.float(), weight.float()), x.float() @ weight.float().T)
+
+
+# ---- saving and loading -------------------------------------------------------------------------
+
+def saved(tmp_path, config=GQA, dtype=torch.float32, **options):
+    model = make_model(config)[0].to(dtype)
+    save_llama(model, str(tmp_path), **options)
+    return model, str(tmp_path)
+
+
+def assert_same_model(loaded, model):
+    assert loaded.config == model.config
+    expected = model.state_dict()
+    assert list(loaded.state_dict()) == list(expected)
+    for name, t in loaded.state_dict().items():
+        assert t.dtype == expected[name].dtype and torch.equal(t, expected[name]), name
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_tensor_names_are_those_of_hugging_face():
+    # LlamaForCausalLM's state dict for one layer, in full: a renamed module loads nothing.
+    config = LlamaConfig(**(SHAPE | {"num_hidden_layers": 1}))
+    layer = "model.layers.0."
+    assert sorted(Llama(config).state_dict()) == sorted([
+        "model.embed_tokens.weight",
+        layer + "self_attn.q_proj.weight", layer + "self_attn.k_proj.weight",
+        layer + "self_attn.v_proj.weight", layer + "self_attn.o_proj.weight",
+        layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight",
+        layer + "mlp.down_proj.weight",
+        layer + "input_layernorm.weight", layer + "post_attention_layernorm.weight",
+        "model.norm.weight", "lm_head.weight"])
+
+
+@each_config
+def test_round_trip_in_one_file(config, tmp_path):
+    # Bit for bit, with the rope factor and the tied head in config.json's own words.
+    model, path = saved(tmp_path, config)
+    assert os.listdir(path).count("model.safetensors") == 1 and len(os.listdir(path)) == 2
+    assert_same_model(load_llama(path), model)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 10_000])
+def test_round_trip_in_shards(max_shard_bytes, tmp_path):
+    # One tensor per file (a tensor larger than the limit goes alone), and a few per file; the index
+    # accounts for every tensor and byte.
+    model, path = saved(tmp_path, max_shard_bytes=max_shard_bytes)
+    files = weight_files(path)
+    sizes = [{name: t.nbytes for name, t in load_file(file).items()} for file in files]
+    assert all(len(size) == 1 or sum(size.values()) <= max_shard_bytes for size in sizes)
+    assert len(files) == len(model.state_dict()) if max_shard_bytes == 1 else 2 < len(files) < 20
+    with open(os.path.join(path, "model.safetensors.index.json"), encoding="utf-8") as stream:
+        index = json.load(stream)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.state_dict().values())
+    assert set(index["weight_map"]) == set(model.state_dict())
+    for file, size in zip(files, sizes, strict=True):
+        assert {index["weight_map"][name] for name in size} == {os.path.basename(file)}
+    assert not os.path.exists(os.path.join(path, "model.safetensors"))
+    assert_same_model(load_llama(path), model)
+
+
+def test_round_trip_of_a_tied_head(tmp_path):
+    # The head is not written, and after loading is the embedding itself: one parameter, not two
+    # that drift apart in training. A file that has the copy as well loads too.
+    model, path = saved(tmp_path, CONFIGS["tied head"])
+    tensors = load_file(os.path.join(path, "model.safetensors"))
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    for _ in range(2):
+        loaded = load_llama(path)
+        assert_same_model(loaded, model)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        save_file(tensors, os.path.join(path, "model.safetensors"))
+
+
+def test_round_trip_in_bfloat16(tmp_path):
+    # Saved as it is (config.json says so), loaded in the dtype asked for: bfloat16 to float32 is
+    # exact.
+    model, path = saved(tmp_path, dtype=torch.bfloat16)
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as stream:
+        assert json.load(stream)["torch_dtype"] == "bfloat16"
+    tensors = load_file(os.path.join(path, "model.safetensors"))
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert_same_model(load_llama(path, dtype=torch.bfloat16), model)
+    assert_same_model(load_llama(path), model.float())
+
+
+def test_saved_config_says_what_transformers_needs(tmp_path):
+    # Golden: the keys LlamaForCausalLM.from_pretrained reads, for a model with a rope factor.
+    _, path = saved(tmp_path, CONFIGS["rope factor 2"])
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as stream:
+        config = json.load(stream)
+    assert config == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        "vocab_size": 29, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2, "rope_scaling": {"type": "linear", "factor": 2.0}}
+
+
+def test_old_rotary_buffers_in_a_checkpoint_are_skipped(tmp_path):
+    # Llama files of 2023 carry rotary_emb.inv_freq, which is computed here.
+    model, path = saved(tmp_path)
+    file = os.path.join(path, "model.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
+    save_file(tensors, file)
+    assert_same_model(load_llama(path), model)
+
+
+@each_config
+def test_transformers_reads_what_we_save(config, tmp_path):
+    # The outside view: LlamaForCausalLM on our folder gives our logits.
+    transformers = pytest.importorskip("transformers")
+    model, path = saved(tmp_path, config, torch.float64)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float64)
+    input_ids = torch.tensor(random_tokens(17, seed=6))
+    with torch.no_grad():
+        expected = theirs(input_ids[None]).logits[0]
+        # their norm and rotary tables are float32 whatever the weights are
+        assert_close(model(input_ids) @ model.lm_head.weight.T, expected, rtol=0, atol=2e-4)
+
+
+# ---- config.json --------------------------------------------------------------------------------
+
+def write_config(tmp_path, **values):
+    with open(tmp_path / "config.json", "w", encoding="utf-8") as stream:
+        json.dump(SHAPE | values, stream)
+    return str(tmp_path)
+
+
+def test_config_of_vicuna(tmp_path):
+    # lmsys/vicuna-7b-v1.5's config.json: keys without effect here are accepted, the rest is read.
+    config = read_config(write_config(
+        tmp_path, _name_or_path="vicuna-7b-v1.5", architectures=["LlamaForCausalLM"],
+        bos_token_id=1, eos_token_id=2, hidden_act="silu", hidden_size=4096,
+        initializer_range=0.02, intermediate_size=11008, max_position_embeddings=4096,
+        model_type="llama", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        pad_token_id=0, pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0,
+        tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.31.0",
+        use_cache=True, vocab_size=32000))
+    assert config == LlamaConfig()
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({}, {}),
+    ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+    ({"eos_token_id": [7, 8]}, {"eos_token_id": 7}),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_factor": 4.0}),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, {"rope_factor": 4.0}),
+    ({"rope_scaling": {"rope_type": "default"}}, {"rope_factor": 1.0}),
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+     {"rope_theta": 5e5}),
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 2.0,
+                                              "rope_theta": 7.0}},
+     {"rope_theta": 7.0, "rope_factor": 2.0}),
+    ({"head_dim": 6}, {}),
+    ({"head_dim": None, "sliding_window": None, "some_switch": False}, {}),
+])
+def test_config_spellings_of_transformers_versions(values, expected, tmp_path):
+    # Version 4 writes rope_theta and rope_scaling, version 5 rope_parameters; a feature that is off
+    # (None or False) is no feature.
+    assert read_config(write_config(tmp_path, **values)) == LlamaConfig(**(SHAPE | expected))
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"sliding_window": 4096}, ["sliding_window = 4096 (unknown to this code)"]),
+    ({"hidden_act": "gelu"}, ["hidden_act = 'gelu' (supported: 'silu')"]),
+    ({"attention_bias": True}, ["attention_bias = True (supported: False)"]),
+    ({"mlp_bias": True}, ["mlp_bias = True (supported: False)"]),
+    ({"attention_dropout": 0.1}, ["attention_dropout = 0.1 (supported: 0.0)"]),
+    ({"model_type": "mistral"}, ["model_type = 'mistral' (supported: 'llama')"]),
+    ({"head_dim": 8}, ["head_dim = 8 (supported: hidden_size / heads)"]),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling type 'dynamic'"]),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling type 'llama3'"]),
+    ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_scaling type 'yarn'"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config = {'bits': 4} (unknown"]),
+    ({"num_local_experts": 8, "hidden_act": "gelu", "rope_scaling": {"type": "yarn"}},
+     ["num_local_experts = 8", "hidden_act = 'gelu'", "rope_scaling type 'yarn'"]),
+])
+def test_config_with_an_unsupported_feature_is_refused_by_name(values, words, tmp_path):
+    # Anything else would load and compute another model; all reasons are in one message.
+    with pytest.raises(ValueError) as error:
+        read_config(write_config(tmp_path, **values))
+    assert "config.json: not supported: " in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"hidden_size": 26}, "hidden_size 26 is not an even multiple of num_attention_heads 4"),
+    ({"hidden_size": 20}, "hidden_size 20 is not an even multiple of num_attention_heads 4"),
+    ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+])
+def test_heads_that_do_not_divide_are_refused(values, words, tmp_path):
+    # Dh must be even to be rotated in pairs (20 / 4 = 5 is not), and every q head needs its kv head.
+    with pytest.raises(ValueError, match=words):
+        read_config(write_config(tmp_path, **values))
+
+
+def test_missing_or_broken_config_is_refused_by_file_name(tmp_path):
+    # A wrong path is the commonest mistake: the message says which file was looked for.
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        read_config(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.config\.json: no such file"):
+        load_llama(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{'vocab_size': 3}")
+    with pytest.raises(ValueError, match=r"config\.json: not JSON: "):
+        read_config(str(tmp_path))
+
+
+# ---- weight files -------------------------------------------------------------------------------
+
+def test_all_misfits_are_listed_at_once(tmp_path):
+    # One missing, one mis-shaped and two unexpected tensors: four names in one error, no more.
+    _, path = saved(tmp_path)
+    file = os.path.join(path, "model.safetensors")
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = torch.zeros(30, 24)
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(40, 24)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(24)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="weights do not fit config.json: ") as error:
+        load_llama(path)
+    assert sorted(str(error.value).split("config.json: ")[1].split("; ")) == [
+        "lm_head.weight is [30, 24], config.json asks for [29, 24]",
+        "missing model.norm.weight [24]",
+        "unexpected model.layers.0.self_attn.q_proj.bias [24]",
+        "unexpected model.layers.2.mlp.up_proj.weight [40, 24]"]
+
+
+def test_misfits_are_listed_across_shards(tmp_path):
+    # A problem in the first file does not hide one in the last.
+    _, path = saved(tmp_path, max_shard_bytes=1)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        with open(os.path.join(path, "model.safetensors.index.json"), encoding="utf-8") as stream:
+            file = os.path.join(path, json.load(stream)["weight_map"][name])
+        save_file({name: torch.zeros(1, 1)}, file)
+    with pytest.raises(ValueError) as error:
+        load_llama(path)
+    assert "lm_head.weight is [1, 1], config.json asks for [29, 24]" in str(error.value)
+    assert "model.embed_tokens.weight is [1, 1]" in str(error.value)
+    assert "missing" not in str(error.value)
+
+
+def test_missing_weight_files_are_named(tmp_path):
+    # An interrupted download: the index lists files that are not there; all are named.
+    _, path = saved(tmp_path, max_shard_bytes=10_000)
+    names = [os.path.basename(file) for file in weight_files(path)]
+    for name in names[1:3]:
+        os.remove(os.path.join(path, name))
+    with pytest.raises(FileNotFoundError) as error:
+        load_llama(path)
+    assert f"missing weight file(s) {names[1]}, {names[2]}" in str(error.value)
+    assert names[0] not in str(error.value)
+    os.remove(os.path.join(path, "model.safetensors.index.json"))
+    with pytest.raises(FileNotFoundError, match=r"missing weight file\(s\) model.safetensors"):
+        weight_files(path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_weight_file_is_refused_by_name_and_size(kept, tmp_path):
+    # Nothing, half a header length, half a header, all but the last byte.
+    _, path = saved(tmp_path)
+    file = os.path.join(path, "model.safetensors")
+    with open(file, "rb") as stream:
+        whole = stream.read()
+    with open(file, "wb") as stream:
+        stream.write(whole[:kept])
+    size = os.path.getsize(file)
+    with pytest.raises(ValueError) as error:
+        load_llama(path)
+    assert f"{file} ({size} bytes) is not a readable safetensors file" in str(error.value)
+    assert "git-lfs" not in str(error.value)
+
+
+def test_git_lfs_pointer_is_recognised(tmp_path):
+    # A clone without git-lfs leaves 130 bytes of text where 13 GB should be.
+    file = str(tmp_path / "model.safetensors")
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\n"
+                     "size 9976576152\n")
+    with pytest.raises(ValueError, match="git-lfs pointer, run `git lfs pull`"):
+        open_safetensors(file)
+
+
+def test_duplicate_tensor_in_two_shards_is_refused(tmp_path):
+    # Which of the two would win depends on file order.
+    _, path = saved(tmp_path, max_shard_bytes=10_000)
+    first, last = weight_files(path)[0], weight_files(path)[-1]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: tensor}, last)
+    with pytest.raises(ValueError, match=f"unexpected {name}"):
+        load_llama(path)
+
+
+def test_header_that_promises_more_than_the_file_is_refused(tmp_path):
+    # A header length of 2^62 must end in our error, not in an attempt to allocate it.
+    file = str(tmp_path / "model.safetensors")
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", 2 ** 62) + b"{}")
+    with pytest.raises(ValueError, match=r"\(10 bytes\) is not a readable safetensors file"):
+        open_safetensors(file)

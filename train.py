@@ -1,0 +1,325 @@
+"""Align a Llama with any objective of ulma.py: one process or many, CPU or GPU.
+
+    python train.py                                     ULMA on the embedded world, nothing to fetch
+    torchrun --standalone --nproc_per_node=2 train.py --method dpo
+    torchrun --standalone --nproc_per_node=8 train.py --method ulma --bf16 \\
+        --model_name_or_path vicuna-7b-v1.5 --dataset harmless-base/train.jsonl.gz \\
+        --held_out 0.05 --output_dir runs/vicuna-ulma
+
+A step: trees are dealt to ranks and packed into streams; each stream goes through the policy, and
+through the reference (adapters off) only for the responses whose loss asks for it; losses are
+divided by the count of the whole global batch, so neither packing nor the number of ranks changes
+the gradient; gradients and metrics are summed over ranks in one all-reduce; AdamW steps.
+
+The same command continues a run that was killed, to the same bits (same number of ranks).
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
+                        save_checkpoint, save_weights, sha256, trainable, write_folder)
+from data import Tokenizer, print_counts, read_dataset, run_cli, split_by_prompt
+from lora import add_lora
+from model import Llama, load_llama
+from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
+                  frozen_copy)
+from trees import Tree, epoch_batches, make_trees, shard
+from world import WORLD_LEARNING_RATE, base_model, data_file, ensure_world
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+def all_reduce_sum_(parameters: list[Tensor], extras: Tensor) -> Tensor:
+    """Sum gradients over ranks, in place, and return the summed extras: one all-reduce.
+
+    A rank that had no tree in this batch takes part with zeros.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if not dist.is_initialized():
+        return extras
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [extras.to(parameters[0].dtype)])
+    dist.all_reduce(flat)
+    *grads, extras = flat.split([p.numel() for p in parameters] + [len(extras)])
+    for p, grad in zip(parameters, grads):
+        p.grad.copy_(grad.view_as(p))
+    return extras.double()
+
+
+def set_up_processes() -> tuple[int, int, torch.device]:
+    """(rank, world_size, device) from torchrun's environment; (0, 1, …) without it."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear from 0 to `peak` over warmup_steps, then a cosine to 0 at total_steps."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps)
+                                      / max(1, total_steps - warmup_steps)))
+
+
+def plan_batches(trees: list[Tree], uses: str, batch_size: int, epochs: float, max_steps: int,
+                 seed: int) -> list[list[int]]:
+    """Tree indices of every step of the run."""
+    sizes = [len(tree.pairs) if uses == "pairs" else len(tree.scores) for tree in trees]
+    batches, epoch = [], 0
+    while epoch < math.ceil(epochs) or len(batches) < max_steps:
+        batches += epoch_batches(sizes, batch_size, seed, epoch)
+        epoch += 1
+    if max_steps > 0:
+        return batches[:max_steps]
+    return batches[:round(len(batches) * epochs / math.ceil(epochs))]
+
+
+class Stop:
+    """Set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def train(args, model: Llama, reference, trees: list[Tree], rank: int, world_size: int, device,
+          stop: Stop) -> None:
+    """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
+    method, parameters = METHODS[args.method], list(trainable(model).values())
+    batches = plan_batches(trees, method.uses, args.batch_size, args.num_train_epochs,
+                           args.max_steps, args.seed)
+    warmup = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate,
+                                  weight_decay=args.weight_decay, fused=True)
+    first, found = 0, checkpoints(args.output_dir)
+    if found:
+        first = load_checkpoint(found[-1][1], model, optimizer)
+    if rank == 0:
+        rewind_metrics(args.output_dir, first)
+        print(f"{len(batches)} steps" + (f", continuing after step {first}" if first else ""))
+    log = Log(args, rank, first, len(batches))
+    for step in range(first, len(batches)):
+        batch = [trees[index] for index in batches[step]]
+        lr = learning_rate(step, args.learning_rate, warmup, len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(((args.seed * 1_000_003) + step) * 4099 + rank)        # dropout
+        totals = backward_batch(
+            model, reference, method, shard(batch, world_size)[rank], batch_counts(batch),
+            beta=args.beta, log_z=args.log_z, mean_logps=args.logp_reduction == "mean",
+            reduction=args.reduction, micro_tokens=args.micro_tokens, device=device)
+        extras = torch.cat([totals, totals.new_tensor([stop.signal])])
+        *totals, stop_signal = all_reduce_sum_(parameters, extras).tolist()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+        if not math.isfinite(totals[0]) or not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"step {step + 1}: loss {totals[0]}, gradient norm {grad_norm}; nothing was "
+                f"updated or saved. Trees of this batch: {batches[step]}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.add(step + 1, totals, grad_norm, lr)
+        done = step + 1 == len(batches)
+        if rank == 0 and not done and (stop_signal or (step + 1) % args.save_steps == 0):
+            save_checkpoint(args.output_dir, step + 1, model, optimizer, args.model_name_or_path,
+                            args.save_total_limit)
+        if stop_signal and not done:
+            if rank == 0:
+                print(f"stopped after step {step + 1}, saved; the same command continues")
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
+
+
+class Log:
+    """One line per logged step on the screen and in metrics.jsonl: means since the last line."""
+
+    def __init__(self, args, rank: int, first: int, total: int):
+        self.args, self.rank, self.first, self.total = args, rank, first, total
+        self.start = self.since = time.perf_counter()
+        self.steps, self.sums = 0, torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64)
+
+    def add(self, step: int, totals: list[float], grad_norm: float, lr: float) -> None:
+        self.steps += 1
+        self.sums += torch.tensor(totals, dtype=torch.float64)
+        if self.rank or (step % self.args.logging_steps and step != self.total):
+            return
+        now = time.perf_counter()
+        loss, tokens, *sums = self.sums.tolist()
+        line = {"step": step, "loss": loss / self.steps}
+        line |= {name: total / count for name, total, count in
+                 zip(METRICS, sums[::2], sums[1::2]) if count}
+        line |= {"grad_norm": grad_norm, "lr": lr, "tokens": int(tokens),
+                 "tokens_per_s": round(tokens / (now - self.since), 1)}
+        left = (now - self.start) / (step - self.first) * (self.total - step)
+        shown = "  ".join(f"{name} {line[name]:.4g}" for name in
+                          ("loss", *METRICS, "grad_norm", "lr") if name in line)
+        print(f"step {step}/{self.total}  {shown}  {line['tokens_per_s']:.0f} tok/s  "
+              f"{int(left) // 60}:{int(left) % 60:02} left", flush=True)
+        with open(os.path.join(self.args.output_dir, "metrics.jsonl"), "a",
+                  encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self.since, self.steps = now, 0
+        self.sums.zero_()
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every flag, and the file's header as it is written."""
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    flag = parser.add_argument_group("what").add_argument
+    flag("--method", choices=METHODS, default="ulma", help="objective, see ulma.py")
+    flag("--model_name_or_path", help="Hugging Face Llama folder (default: the embedded world's)")
+    flag("--dataset", help="HH, Golden HH, QA-feedback, red-team or JSONL file, .gz or not "
+                           "(default: the embedded world's)")
+    flag("--held_out", type=float, default=0.0,
+         help="fraction of prompts never trained on (eval.py takes the same flag)")
+    flag("--output_dir", default="runs/METHOD", help="METHOD stands for --method")
+    flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
+    flag = parser.add_argument_group("objective").add_argument
+    flag("--beta", type=float, default=0.1, help="KL strength")
+    flag("--log_z", type=float, default=0.0, help="stand-in for beta log Z(x); 0 is the papers'")
+    flag("--logp_reduction", choices=("sum", "mean"), default="sum",
+         help="log-prob of a response: sum (papers) or mean per token (authors' code)")
+    flag("--reduction", choices=("mean", "class"), default="mean",
+         help="mean over responses, or mean over positives + mean over the rest (authors' code)")
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--learning_rate", type=float,
+         help=f"peak (default: 1e-5, the paper's; {WORLD_LEARNING_RATE:g} on the embedded world)")
+    flag("--batch_size", type=int, default=64,
+         help="responses per step over all ranks; pairs for dpo")
+    flag("--num_train_epochs", type=float, default=1.0, help="passes over the data")
+    flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
+    flag("--warmup_steps", type=float, default=0, help="linear warm-up; < 1 is a fraction")
+    flag("--weight_decay", type=float, default=0.0, help="AdamW's")
+    flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    flag("--seed", type=int, default=42, help="of order, initialisation and dropout")
+    flag = parser.add_argument_group("adapter").add_argument
+    flag("--lora_r", type=int, default=8, help="rank; 0 trains all weights")
+    flag("--lora_alpha", type=float, default=32, help="scaling is alpha / r")
+    flag("--lora_dropout", type=float, default=0.1,
+         help="used only by methods that never see the reference")
+    flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], help="linear layers")
+    flag = parser.add_argument_group("size").add_argument
+    flag("--max_length", type=int, default=1024, help="tokens of prompt + response")
+    flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
+    flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
+    flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
+    flag = parser.add_argument_group("logging and saving").add_argument
+    flag("--logging_steps", type=int, default=10, help="steps per logged line")
+    flag("--save_steps", type=int, default=100, help="steps per checkpoint")
+    flag("--save_total_limit", type=int, default=2, help="checkpoints kept, the newest")
+    args = parser.parse_args(argv)
+    args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
+    for name in ("batch_size", "micro_tokens", "logging_steps", "save_steps", "save_total_limit"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if bool(args.dataset) != bool(args.model_name_or_path):
+        raise ValueError("--dataset and --model_name_or_path go together (leave out both for the "
+                         "embedded world)")
+    if args.bf16 and args.lora_r == 0:
+        raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
+                         "weights in float32")
+    return args
+
+
+def prepare(args, rank: int, device):
+    """Read and check everything before anything is written: (model, reference, trees, tokenizer).
+
+    raises  ValueError or OSError, one sentence, for whatever does not fit
+    """
+    method, counts = METHODS[args.method], Counter()
+    tokenizer = Tokenizer(args.model_name_or_path)
+    records = read_dataset(args.dataset, counts)
+    if rank == 0:
+        print_counts(args.dataset, records, counts)
+    records, held_out = split_by_prompt(records, args.held_out)
+    check_fit(args.method, records)
+    counts = Counter()
+    trees = make_trees(records, tokenizer, method.uses, args.max_length, args.max_prompt_length,
+                       counts)
+    model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
+                       device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the embedding of "
+                         f"{args.model_name_or_path} only {model.config.vocab_size} rows")
+    if args.max_length > model.config.max_position_embeddings:
+        raise ValueError(f"--max_length {args.max_length} exceeds the model's "
+                         f"max_position_embeddings {model.config.max_position_embeddings}")
+    torch.manual_seed(args.seed)
+    reference = None
+    if args.lora_r:
+        dropout = args.lora_dropout if method.reference == "none" else 0.0
+        add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target_modules)
+        reference = partial(adapters_off, model)
+    elif method.reference != "none":
+        reference = partial(frozen_copy, copy.deepcopy(model).requires_grad_(False))
+    if rank == 0:
+        print(f"training on {len(trees)} prompts, {batch_counts(trees)}; held out: "
+              f"{len(held_out)} records")
+        for what, number in sorted(counts.items()):
+            print(f"  {what:58} {number:7}")
+        print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained; "
+              f"reference: {'none' if method.reference == 'none' else reference.func.__doc__}")
+    return model, reference, trees, tokenizer
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    # Squared gradients of never-seen tokens sink below 1e-38; a CPU then works up to 20 times slower.
+    torch.set_flush_denormal(True)
+    rank, world_size, device = set_up_processes()
+    if args.dataset is None:
+        if rank == 0:
+            ensure_world()
+        if world_size > 1:
+            dist.barrier()
+        args.model_name_or_path = base_model()
+        args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else "points")
+        args.learning_rate = args.learning_rate or WORLD_LEARNING_RATE
+    args.learning_rate = args.learning_rate or 1e-5
+    model, reference, trees, tokenizer = prepare(args, rank, device)
+    flags = vars(args) | {"dataset_sha256": sha256(args.dataset)}
+    if rank == 0:
+        claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
+    if world_size > 1:
+        dist.barrier()
+    train(args, model, reference, trees, rank, world_size, device, Stop())
+    if rank == 0:
+        def write(folder):
+            save_weights(model, folder, args.model_name_or_path)
+            shutil.copy(tokenizer.file, folder)
+        write_folder(os.path.join(args.output_dir, "final"), write)
+        print(f"done: {os.path.join(args.output_dir, 'final')}")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,192 @@
+"""From token ids to streams: trees, packing, the order of the data.
+
+A *tree* is one prompt with its responses; a *stream* is several trees laid end to end, no padding:
+
+    input_ids      x x x x x  a a a  b b b b   x x x  c c         [T]
+    position_ids   0 1 2 3 4  5 6 7  5 6 7 8   0 1 2  3 4         [T]   responses continue x
+    tree_ids       0 0 0 0 0  0 0 0  0 0 0 0   1 1 1  1 1         [T]
+    branch_ids     0 0 0 0 0  1 1 1  2 2 2 2   0 0 0  1 1         [T]   0 = shared prompt
+
+A response's last token (EOS) is predicted but predicts nothing, so it is a label only.
+"""
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import encode_dialogue
+from model import attention_segments
+
+MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
+
+@dataclass(frozen=True)
+class Tree:
+    """One prompt and its responses as token ids.
+
+    prompt_ids    [int]            BOS first
+    response_ids  [[int]]          EOS last, unless the response was cut
+    scores        [float]          z of each response
+    pairs         [(int, int)]     (chosen, rejected) indices into the responses
+    """
+    prompt_ids: list
+    response_ids: list
+    scores: list
+    pairs: list
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(ids) - 1 for ids in self.response_ids)
+
+
+def truncate(prompt_ids: list[int], response_ids: list[int], max_length: int,
+             max_prompt_length: int) -> tuple[list[int], list[int]]:
+    """Cut the prompt from the left (BOS stays), then the response from the right.
+
+    The prompt's end, "ASSISTANT:", always survives. A cut response loses its EOS: running out of
+    room is not the end of an answer.
+    """
+    if len(prompt_ids) > max_prompt_length:
+        prompt_ids = prompt_ids[:1] + prompt_ids[len(prompt_ids) - max_prompt_length + 1:]
+    return prompt_ids, response_ids[:max_length - len(prompt_ids)]
+
+
+def make_trees(records, tokenizer, uses: str = "all", max_length: int = 1024,
+               max_prompt_length: int = 512, counts_: Counter | None = None) -> list[Tree]:
+    """Tokenize records, keeping the responses an objective can use.
+
+    Neighbouring records with the same prompt share one tree of up to MAX_RESPONSES responses;
+    pairs are formed within a record only.
+
+    uses      "all"; "positive" (z = 1); "negative" (z = 0); "pairs": every (better, worse) of a
+              prompt, and only responses that are in a pair
+    counts_   Counter that is told what was cut or left out
+    """
+    if not 2 <= max_prompt_length < max_length:
+        raise ValueError(f"max_prompt_length {max_prompt_length} must be at least 2 and less "
+                         f"than max_length {max_length}")
+    counts_, trees, last_prompt = Counter() if counts_ is None else counts_, [], None
+    for record in records:
+        scores = list(record.scores)
+        pairs = [(i, j) for i in range(len(scores)) for j in range(len(scores))
+                 if scores[i] > scores[j]]
+        in_pair = {i for pair in pairs for i in pair}
+        kept = [i for i in range(len(scores)) if
+                {"all": True, "positive": scores[i] == 1, "negative": scores[i] == 0,
+                 "pairs": i in in_pair}[uses]]
+        counts_["responses the objective does not use"] += len(scores) - len(kept)
+        if not kept:
+            continue
+        if record.prompt != last_prompt or len(trees[-1].scores) + len(kept) > MAX_RESPONSES:
+            prompt_ids, _ = encode_dialogue(tokenizer, record.prompt)
+            counts_["prompts cut from the left"] += len(prompt_ids) > max_prompt_length
+            trees.append(Tree(truncate(prompt_ids, [], max_length, max_prompt_length)[0], [], [], []))
+            last_prompt = record.prompt
+        tree = trees[-1]
+        number = {i: len(tree.scores) + n for n, i in enumerate(kept)}           # in the tree
+        tree.pairs.extend((number[i], number[j]) for i, j in pairs if i in number and j in number)
+        for i in kept:
+            _, ids = encode_dialogue(tokenizer, [("Assistant", record.responses[i])])
+            _, cut = truncate(tree.prompt_ids, ids, max_length, max_prompt_length)
+            counts_["responses cut from the right"] += len(cut) < len(ids)
+            tree.response_ids.append(cut)
+            tree.scores.append(scores[i])
+    return trees
+
+
+# ---- streams ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Stream:
+    """Several trees as flat tensors: T tokens, N scored positions, R responses, P pairs."""
+    input_ids: Tensor        # [T] int64
+    position_ids: Tensor     # [T] int64
+    tree_ids: Tensor         # [T] int64
+    branch_ids: Tensor       # [T] int64
+    segments: list           # [(start, end, mask)], see model.attention_segments
+    predict_from: Tensor     # [N] int64   stream position whose hidden state predicts ...
+    labels: Tensor           # [N] int64   ... this token ...
+    response_ids: Tensor     # [N] int64   ... of this response
+    scores: Tensor           # [R] float32
+    pairs: Tensor            # [P, 2] int64   (chosen, rejected) responses
+
+
+def build_stream(trees: list[Tree], device="cpu", wanted=None) -> Stream | None:
+    """Lay trees end to end; None if nothing is wanted.
+
+    wanted   score -> bool: responses it refuses are left out of the tokens but keep their number,
+             so that log-probs of two streams over the same trees line up
+    """
+    input_ids, position_ids, tree_ids, branch_ids = [], [], [], []
+    predict_from, labels, owners, scores, pairs = [], [], [], [], []
+    for number, tree in enumerate(trees):
+        first, start, size = len(scores), len(input_ids), len(tree.prompt_ids)
+        scores += tree.scores
+        pairs += [(first + chosen, first + rejected) for chosen, rejected in tree.pairs]
+        branches = [(i, ids) for i, ids in enumerate(tree.response_ids)
+                    if wanted is None or wanted(tree.scores[i])]
+        if not branches:
+            continue
+        input_ids += tree.prompt_ids
+        position_ids += range(size)
+        branch_ids += [0] * size
+        for i, ids in branches:
+            predict_from += [start + size - 1, *range(len(input_ids), len(input_ids) + len(ids) - 1)]
+            labels += ids
+            owners += [first + i] * len(ids)
+            input_ids += ids[:-1]
+            position_ids += range(size, size + len(ids) - 1)
+            branch_ids += [i + 1] * (len(ids) - 1)
+        tree_ids += [number] * (len(input_ids) - start)
+    if not input_ids:
+        return None
+    segments = attention_segments(torch.tensor(tree_ids), torch.tensor(branch_ids))
+    to_device = lambda values: torch.tensor(values, device=device)               # noqa: E731
+    return Stream(
+        to_device(input_ids), to_device(position_ids), to_device(tree_ids), to_device(branch_ids),
+        [(start, end, mask.to(device)) for start, end, mask in segments],
+        to_device(predict_from), to_device(labels), to_device(owners),
+        torch.tensor(scores, dtype=torch.float32, device=device),
+        torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2))
+
+
+def pack(trees: list[Tree], micro_tokens: int) -> list[list[Tree]]:
+    """Cut a list of trees into micro-batches of at most micro_tokens (a longer tree goes alone)."""
+    packs, size = [], 0
+    for tree in trees:
+        if not packs or size + tree.num_tokens > micro_tokens:
+            packs.append([])
+            size = 0
+        packs[-1].append(tree)
+        size += tree.num_tokens
+    return packs
+
+
+def shard(trees: list[Tree], world_size: int) -> list[list[Tree]]:
+    """Deal trees to ranks, longest first, each to the rank with the fewest tokens so far."""
+    shards, loads = [[] for _ in range(world_size)], [0] * world_size
+    for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
+        rank = loads.index(min(loads))
+        shards[rank].append(tree)
+        loads[rank] += tree.num_tokens
+    return shards
+
+
+# ---- order --------------------------------------------------------------------------------------
+
+def epoch_batches(sizes: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of the trees of every batch of one epoch: a pure function of its arguments.
+
+    sizes        what each tree counts: its responses, or its pairs
+    batch_size   the most a batch may count (a larger tree is a batch of its own)
+    returns      every index exactly once, in an order shuffled by (seed, epoch)
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    batches, count = [], 0
+    for index in torch.randperm(len(sizes), generator=generator).tolist():
+        if not batches or count + sizes[index] > batch_size:
+            batches.append([])
+            count = 0
+        batches[-1].append(index)
+        count += sizes[index]
+    return batches
