@@ -23,7 +23,7 @@ from model import Llama, load_llama
 from step import adapters_off, frozen_copy, sequence_logps
 from trees import Tree, build_stream, make_trees, pack
 from ulma import response_logps
-from world import answers, base_model, question, test_prompts
+from world import answers, base_model, question, held_out_prompts
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
 
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1, help="of rewards and of pi* (0.1)")
     parser.add_argument("--json", help="also write the world's table here")
     args = parser.parse_args()
-    policies, asked, reference = {}, test_prompts(), None
+    policies, asked, reference = {}, held_out_prompts(), None
     for path in args.runs:
         model, reference_of, flags = load_run(path)
         if args.dataset is None and os.path.abspath(flags["model_name_or_path"]) == \

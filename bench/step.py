@@ -49,6 +49,7 @@ MODEL = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 8, "intermediate_size": 1408, "vocab_size": 32000}
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-4, 1.0            # but for the rate, TRL's defaults
+MICRO_TOKENS = 8192                                            # train.py's default
 
 
 def hh_pairs(dataset: str, tokenizer: str, n: int) -> list[dict]:
@@ -130,7 +131,31 @@ def ours(folder: Path, method: str, precision: str) -> Callable[[], float]:
                mean over pairs for DPO, over responses for ULMA. The step ends with clipping to
                MAX_GRAD_NORM and AdamW(lr=LEARNING_RATE, weight_decay=0), as TRL's does.
     """
-    raise NotImplementedError("bench/step.py: ours() waits for model.py, lora.py and data.py")
+    from functools import partial
+
+    import torch
+    from lora import load_adapter
+    from model import load_llama
+    from step import METHODS, adapters_off, backward_batch, batch_counts
+    from trees import Tree
+
+    torch.set_flush_denormal(True)                                        # as train.py does
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = load_adapter(load_llama(str(folder), dtype), str(folder / "adapter"))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    trees = [Tree(pair["prompt"], [pair["chosen"], pair["rejected"]], [1.0, 0.0], [(0, 1)])
+             for pair in json.loads((folder / "pairs.json").read_text())]
+
+    def step() -> float:
+        loss, *_ = backward_batch(
+            model, partial(adapters_off, model), METHODS[method], trees, batch_counts(trees),
+            beta=BETA, log_z=0.0, mean_logps=False, reduction="mean", micro_tokens=MICRO_TOKENS)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+    return step
 
 
 def force_compact_head() -> None:
@@ -148,16 +173,6 @@ def force_compact_head() -> None:
     trl.trainer.utils._use_triton = lambda device: True
 
 
-def eos_padding_tokenizer() -> "PreTrainedTokenizerFast":
-    """DPOTrainer wants a tokenizer, for its pad id only (EOS, as TRL chooses for Llama)."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), unk_token="<unk>",
-                                   bos_token="<s>", eos_token="</s>")
-
-
 def trl(folder: Path, compact: bool, precision: str) -> Callable[[], float]:
     """TRL's training step: DPOTrainer's defaults, but for what a CPU and equal tokens ask for.
 
@@ -165,6 +180,8 @@ def trl(folder: Path, compact: bool, precision: str) -> Callable[[], float]:
     """
     from datasets import Dataset
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     if compact:
@@ -188,8 +205,12 @@ def trl(folder: Path, compact: bool, precision: str) -> Callable[[], float]:
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_grad_norm=MAX_GRAD_NORM,
         bf16=precision == "bf16",                       # autocast, TRL's default; fp32 without it
         model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision]})
+    # DPOTrainer wants a tokenizer, for its pad id only: EOS, as TRL chooses for Llama
+    words = models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>",
+                                        bos_token="<s>", eos_token="</s>")
     trainer = StepwiseTrainer(
-        model=str(folder), args=args, processing_class=eos_padding_tokenizer(),
+        model=str(folder), args=args, processing_class=tokenizer,
         train_dataset=Dataset.from_list([{f"{k}_ids": ids for k, ids in p.items()} for p in pairs]),
         peft_config=LoraConfig.from_pretrained(folder / "adapter"))
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder / "adapter")))
@@ -320,12 +341,9 @@ def token_counts(pairs: list[dict]) -> dict:
 
 def compare(args: argparse.Namespace) -> None:
     """Measure what was asked for, write the JSON, print the table, check that losses agree."""
-    flags = {"dataset": Path(args.dataset).name, "tokenizer": Path(args.tokenizer).name,
-             "pairs": args.pairs, "repeats": args.repeats, "threads": args.threads,
-             "only": " ".join(args.only), "precision": " ".join(args.precision)}
-    report = {"command": " ".join(["python bench/step.py",
-                                   *(f"--{name} {value}" for name, value in flags.items())])}
-    report |= environment()
+    words = [Path(word).name for word in sys.argv]       # names; where the files lie is private
+    report = {"command": " ".join(["python bench/step.py", *words[1:]]),
+              "threads": args.threads, **environment()}
     rows, differences = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

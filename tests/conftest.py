@@ -56,7 +56,7 @@ def tiny_tokenizer(tmp_path_factory) -> str:
     who = ("my friend", "the teacher", "a neighbour", "nobody", "the old doctor", "our cat")
     does = ("paints", "sold", "will move", "wants to clean", "forgot", "cannot find")
     what = ("a red boat", "two lamps", "the garden door", "every letter", "42 bottles", "it")
-    sentences = [f"{a[0].upper()}{a[1:]} {b} {c}." for a, b, c in itertools.product(who, does, what)]
+    sentences = [f"{a.capitalize()} {b} {c}." for a, b, c in itertools.product(who, does, what)]
     sentences += [f"How do I fix {c}? First ask {a}, then wait." for a, c in
                   itertools.product(who, what)]
     sentences += [VICUNA_SYSTEM + " USER: ASSISTANT:"] * 20

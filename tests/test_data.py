@@ -1,0 +1,365 @@
+"""Readers: on the real files where they lie beside the repository, and by hand; the split."""
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import ROOT, write_bytes, write_jsonl
+
+from data import (Tokenizer, encode_dialogue, read_dataset, read_rows, split_by_prompt,
+                  split_transcript)
+from trees import make_trees
+
+ASK, YES, NO = "\n\nHuman: Why?", "\n\nAssistant: Because.", "\n\nAssistant: No idea."
+ROW = {"prompt": "Why?", "completion": "Because.", "label": True}
+
+
+def read(path):
+    counts = Counter()
+    return read_dataset(str(path), counts), counts
+
+
+# ---- real files ---------------------------------------------------------------------------------
+
+def test_hh_harmless_base_test_has_the_known_counts(hh_file):
+    # 2312 rows; 4 answers are empty; in 5 rows the prompts differ, which makes no pair of two.
+    records, counts = read(hh_file)
+    pairs = [record for record in records if len(record.responses) == 2]
+    assert (counts["rows"], len(pairs), len({r.prompt for r in pairs})) == (2312, 2303, 2301)
+    assert counts["prompts with several responses"] == 2303
+    assert counts["empty responses dropped"] == 4
+    assert counts["rows whose two prompts differ (two points, no pair)"] == 5
+    assert counts["transcripts whose roles do not alternate (kept)"] == 13
+    assert counts["transcripts with a role name inside a turn (kept)"] == 73
+    assert len(records) == 2303 + 4 + 2 * 5
+    assert Counter(z for r in records for z in r.scores) == {1.0: 2308, 0.0: 2312}
+    assert all(r.scores == (1.0, 0.0) for r in pairs)
+    chosen = [split_transcript(row["chosen"], where)[:-1] for where, row in read_rows(hh_file)]
+    assert len(set(map(tuple, chosen))) == 2310
+
+
+def test_hh_answers_are_what_the_official_parse_finds(hh_file):
+    # The dataset's own loaders: text after the last "\n\nAssistant: " (13 characters), stripped.
+    def last_turn(text):
+        return text[text.rfind("\n\nAssistant: ") + 13:].strip()
+
+    expected = Counter()
+    for _, row in read_rows(hh_file):
+        expected.update((last_turn(row[key]), z) for key, z in (("chosen", 1.0), ("rejected", 0.0))
+                        if last_turn(row[key]))
+    records, _ = read(hh_file)
+    assert Counter((text, z) for r in records for text, z in zip(r.responses, r.scores)) == expected
+
+
+def test_hh_rows_are_named_by_file_and_line(hh_file):
+    # 0-based rows 86, 516, 925, 1103 have an empty chosen: only the rejected answer is left.
+    records, _ = read(hh_file)
+    single = [int(r.where.rpartition(":")[2]) - 1 for r in records if len(r.responses) == 1]
+    differing = [1254, 1688, 1950, 1952, 2036]
+    assert sorted(single) == sorted([86, 516, 925, 1103] + 2 * differing)
+    assert all(r.where.startswith(hh_file) for r in records)
+
+
+def test_qa_feedback_pairs_wrong_answers_with_their_corrections(shared_data):
+    # 500 questions: 13 corrections are empty, 6 predictions have no error, so 481 pairs.
+    file = shared_data / "qa_feedback_dev/dev_feedback.json"
+    records, counts = read(file)
+    pairs = [r for r in records if len(r.responses) == 2]
+    assert (counts["rows"], len(records), len(pairs)) == (500, 500, 481)
+    assert counts["empty responses dropped"] == 13
+    assert counts["predictions without an error (a positive, no pair)"] == 6
+    for row, record in zip(json.loads(file.read_text()), records):
+        said = dict(zip(record.scores, record.responses))
+        right, wrong = row["feedback"]["corrected-prediction"].strip(), row["prediction 1"].strip()
+        assert said.get(1.0, "") == right
+        assert said.get(0.0, right) == wrong
+
+
+def test_qa_feedback_prompts_are_those_of_the_demonstrations(shared_data):
+    # dev.json gives the same 500 questions as ready text, its passages separated by " | "; the
+    # policy must see one format in both files (white space inside a passage differs in 55 rows).
+    folder = shared_data / "qa_feedback_dev"
+    texts = {row["question"]: row["text"] for row in json.loads((folder / "dev.json").read_text())}
+    rows = json.loads((folder / "dev_feedback.json").read_text())
+    records, _ = read(folder / "dev_feedback.json")
+    same = sum("".join(record.prompt[0][1].split()) == "".join(texts[row["question"]].split())
+               for row, record in zip(rows, records))
+    assert same == 500
+
+
+def test_qa_files_without_feedback_are_demonstrations(shared_data):
+    # dev.json: text and a list of answers, each z = 1.
+    file = shared_data / "qa_feedback_dev/dev.json"
+    records, _ = read(file)
+    for row, record in zip(json.loads(file.read_text()), records, strict=True):
+        assert record.prompt == (("Human", row["text"]),)
+        assert [said.strip() for said in record.responses] == [a.strip() for a in row["answer"]]
+        assert set(record.scores) == {1.0}
+
+
+def test_red_team_score_is_one_minus_a_quarter_of_the_rating(shared_data):
+    # rating 0: the attack failed, a good model, z = 1. The sample rates 0,0,0,2,2,3,4,4,4,4.
+    file = shared_data / "red_team_attempts_sample/red_team_attempts.sample.jsonl"
+    ratings = [row["rating"] for _, row in read_rows(str(file))]
+    assert sorted(ratings) == [0, 0, 0, 2, 2, 3, 4, 4, 4, 4]
+    records, _ = read(file)
+    assert [r.scores for r in records] == [(1 - rating / 4,) for rating in ratings]
+
+
+# ---- readers, by hand ---------------------------------------------------------------------------
+
+def test_hh_splits_at_the_last_marker_not_where_the_texts_differ(tmp_path):
+    # Both answers begin "I think": a common prefix would move those words into the prompt.
+    path = write_jsonl(tmp_path / "hh.jsonl", [{"chosen": ASK + "\n\nAssistant: I think so.",
+                                                "rejected": ASK + "\n\nAssistant: I think not."}])
+    (record,), _ = read(path)
+    assert record.prompt == (("Human", "Why?"),)
+    assert (record.responses, record.scores) == (("I think so.", "I think not."), (1.0, 0.0))
+
+
+def test_hh_prompt_markers_count_only_after_a_blank_line(tmp_path):
+    # "Human:" after two spaces is a model's invention inside one turn, and is counted.
+    path = write_jsonl(tmp_path / "hh.jsonl", [{"chosen": ASK + "\n\nAssistant: A  Human: B",
+                                                "rejected": ASK + NO}])
+    (record,), counts = read(path)
+    assert record.responses == ("A  Human: B", "No idea.")
+    assert counts["transcripts with a role name inside a turn (kept)"] == 1
+
+
+def test_hh_rows_with_two_prompts_give_two_points_and_no_pair(tmp_path):
+    # Taking the chosen's prompt for both, as the authors do, judges an answer to another prompt.
+    path = write_jsonl(tmp_path / "hh.jsonl", [
+        {"chosen": ASK + YES, "rejected": "\n\nHuman: How?" + NO}])
+    records, _ = read(path)
+    assert [(r.prompt[0][1], r.responses, r.scores) for r in records] == [
+        ("Why?", ("Because.",), (1.0,)), ("How?", ("No idea.",), (0.0,))]
+
+
+USER, SAID = [{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "Because."}]
+HUMAN = (("Human", "Why?"),)
+SHAPES = {
+    "unpaired": (ROW, HUMAN, ("Because.",), (1.0,)),
+    "unpaired bad": (ROW | {"label": False}, HUMAN, ("Because.",), (0.0,)),
+    "label 0": (ROW | {"label": 0}, HUMAN, ("Because.",), (0.0,)),
+    "score": ({"prompt": "Why?", "completion": " Because.\n", "score": 0.25}, HUMAN, ("Because.",),
+              (0.25,)),
+    "demonstration": ({"prompt": "Why?", "completion": "Because."}, HUMAN, ("Because.",), (1.0,)),
+    "pair": ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, HUMAN,
+             ("Because.", "No."), (1.0, 0.0)),
+    "lists": ({"prompt": USER, "completion": SAID, "label": True}, HUMAN, ("Because.",), (1.0,)),
+    "list pair": ({"prompt": USER, "chosen": SAID, "rejected": "No."}, HUMAN, ("Because.", "No."),
+                  (1.0, 0.0)),
+    "system": ({"prompt": [{"role": "system", "content": "Be kind."}, *USER], "completion": SAID},
+               (("System", "Be kind."), *HUMAN), ("Because.",), (1.0,)),
+    "dialogue": ({"prompt": [*USER, *SAID, *USER], "completion": "So."},
+                 (*HUMAN, ("Assistant", "Because."), *HUMAN), ("So.",), (1.0,)),
+    "HH prompt": ({"prompt": ASK + YES + ASK + "\n\nAssistant:", "completion": "So."},
+                  (*HUMAN, ("Assistant", "Because."), *HUMAN), ("So.",), (1.0,)),
+    "HH prompt, no answer mark": ({"prompt": "Human: Why?", "completion": "So."}, HUMAN, ("So.",),
+                                  (1.0,)),
+    "empty prompt": ({"prompt": "", "completion": "So."}, (("Human", ""),), ("So.",), (1.0,)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_jsonl_shape_reads(tmp_path, shape):
+    # TRL's unpaired, paired, prompt-completion and conversational rows, HH-style prompts, scores.
+    row, prompt, responses, scores = SHAPES[shape]
+    (record,), _ = read(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (record.prompt, record.responses, record.scores) == (prompt, responses, scores)
+
+
+def test_every_container_gives_the_same_rows(tmp_path):
+    # JSON lines, CRLF, byte order mark, blank lines, one array, gzip under any name.
+    rows = [ROW, ROW | {"prompt": "Ünï 😀"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    plain, array = "\n".join(lines), json.dumps(rows, indent=1)
+    files = {"plain.jsonl": plain, "end.jsonl": plain + "\n",
+             "crlf.jsonl": "\r\n".join(lines) + "\r\n", "bom.jsonl": "\ufeff" + plain,
+             "blank.jsonl": "\n \r\n" + "\n\n\n".join(lines), "array.json": "\n " + array,
+             "bom.json": "\ufeff" + array, "rows.jsonl.gz": plain, "array.json.gz": array}
+    paths = [write_bytes(tmp_path / name, text.encode()) for name, text in files.items()]
+    (tmp_path / "named.jsonl").write_bytes(gzip.compress(plain.encode()))
+    for path in [*paths, str(tmp_path / "named.jsonl")]:
+        records, counts = read(path)
+        assert counts["rows"] == 2, path
+        assert [(r.prompt[0][1], r.responses, r.scores) for r in records] == [
+            ("Why?", ("Because.",), (1.0,)), ("Ünï 😀", ("Because.",), (1.0,))], path
+
+
+def test_line_numbers_count_blank_lines(tmp_path):
+    # An editor shows the bad row at line 5; counting rows only would say 3.
+    path = write_jsonl(tmp_path / "rows.jsonl", ["", ROW, "", ROW, "{"])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:5: "):
+        read(path)
+
+
+def test_empty_and_twice_scored_answers_are_left_out_and_counted(tmp_path):
+    # White space is no answer; one text that is both chosen and rejected says nothing.
+    rows = [{"prompt": "a", "chosen": " \n", "rejected": "No."},
+            {"prompt": "b", "chosen": "No.", "rejected": "No. "}, ROW | {"completion": ""}, ROW]
+    records, counts = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [(r.responses, r.scores) for r in records] == [
+        (("No.",), (0.0,)), (("Because.",), (1.0,))]
+    assert counts["empty responses dropped"] == 2
+    assert counts["rows skipped: the same response scored both ways"] == 1
+    path = write_jsonl(tmp_path / "qa.json", ['[{"passages": [], "text": "a", "answer": [" ", "b"]}]'])
+    (record,), counts = read(path)
+    assert (record.responses, counts["empty responses dropped"]) == (("b",), 1)
+
+
+def test_red_team_null_ratings_and_trailing_human_turns_are_counted(tmp_path):
+    # `float(rating or 0)` would turn a missing rating into the best one.
+    rows = [{"transcript": ASK + YES, "rating": None},
+            {"transcript": ASK + YES + ASK + NO + ASK, "rating": 3.0},
+            {"transcript": ASK, "rating": 1}]
+    records, counts = read(write_jsonl(tmp_path / "red.jsonl", rows))
+    assert [(r.responses, r.scores) for r in records] == [(("No idea.",), (0.25,))]
+    assert [role for role, _ in records[0].prompt] == ["Human", "Assistant", "Human"]
+    assert counts["rows skipped: no rating, or no answer"] == 2
+    assert counts["trailing Human turns dropped"] == 2
+
+
+# ---- every fault names the file and the line ----------------------------------------------------
+
+PAIR = {"chosen": ASK + YES, "rejected": ASK + NO}
+RED = {"transcript": ASK + YES, "rating": 2.0}
+QA = {"question": "Why?", "passages": [["T", "s."]], "prediction 1": "No.",
+      "feedback": {"corrected-prediction": "Because."}}
+FAULTS = {      # good first row, bad third row, words of the message
+    "not JSON": (ROW, '{"prompt": "a", ', "bad JSON"),
+    "two objects": (ROW, "{} {}", "bad JSON"),
+    "no object": (ROW, "[1]", "expected an object"),
+    "NaN": (ROW, '{"prompt": "a", "completion": "b", "label": NaN}', "NaN"),
+    "Infinity": (ROW, '{"prompt": "a", "completion": "b", "score": -Infinity}', "Infinity"),
+    "1e999": (ROW, '{"prompt": "a", "completion": "b", "score": 1e999}', "inf"),
+    "lone surrogate": (ROW, '{"prompt": "\\ud83d", "completion": "b"}', "surrogates"),
+    "no prompt": (ROW, {"completion": "b"}, "'prompt' is missing; found 'completion'"),
+    "no completion": (ROW, {"prompt": "a"}, "'completion' is missing"),
+    "no rejected": (ROW, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+    "prompt is a number": (ROW, ROW | {"prompt": 3}, "'prompt' is '3'"),
+    "label 1.5": (ROW, ROW | {"label": 1.5}, "1.5 is outside"),
+    "label -1": (ROW, ROW | {"label": -1}, "-1 is outside"),
+    "label text": (ROW, ROW | {"label": "true"}, "'true' is outside"),
+    "label null": (ROW, ROW | {"label": None}, "None is outside"),
+    "unknown role": (ROW, {"prompt": [{"role": "tool", "content": "a"}], "completion": "b"},
+                     "tool"),
+    "content is a list": (ROW, {"prompt": [{"role": "user", "content": ["a"]}], "completion": "b"},
+                          "is not a message"),
+    "prompt ends on assistant": (ROW, {"prompt": [*USER, *SAID], "completion": "b"},
+                                 "user message"),
+    "completion is from user": (ROW, {"prompt": USER, "completion": USER}, "one assistant message"),
+    "HH without marker": (PAIR, PAIR | {"chosen": "Why? Because."}, "Why? Because."),
+    "HH ends on Human": (PAIR, PAIR | {"rejected": ASK + NO + ASK}, "end on an Assistant turn"),
+    "HH without rejected": (PAIR, {"chosen": ASK + YES}, "'rejected' is missing"),
+    "HH text is a list": (PAIR, PAIR | {"chosen": USER}, "expected str"),
+    "rating 5": (RED, RED | {"rating": 5}, "rating 5 is outside 0..4"),
+    "rating below 0": (RED, RED | {"rating": -0.5}, "outside 0..4"),
+    "rating is text": (RED, RED | {"rating": "2"}, "'rating' is '2'"),
+    "no transcript": (RED, {"rating": 2.0}, "'transcript' is missing"),
+    "role is a list": (ROW, {"prompt": [{"role": ["user"], "content": "a"}], "completion": "b"},
+                       "is not a message"),
+    "system comes later": (ROW, {"prompt": [*USER, {"role": "system", "content": "s"}, *USER],
+                                 "completion": "b"}, "ystem"),
+    "feedback null": (QA, QA | {"feedback": None}, "feedback"),
+    "empty passage": (QA, QA | {"passages": [[]]}, "passage"),
+    "passage of numbers": (QA, QA | {"passages": [[1, 2]]}, "passage"),
+    "answer of numbers": (QA, {"passages": [], "text": "Why?", "answer": [3]}, "answer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, tiny_tokenizer, fault):
+    # The bad row is on line 3: the message must say so and say what is wrong.
+    good, bad, words = FAULTS[fault]
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, good, bad])
+    with pytest.raises(ValueError) as caught:
+        make_trees(read_dataset(path), Tokenizer(tiny_tokenizer))
+    assert f"{path}:3: " in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row, wanted", [(RED | {"rating": "2"}, "number"),
+                                         (ROW | {"prompt": 3}, "text or a list")])
+def test_a_wrong_type_is_told_the_right_one(tmp_path, row, wanted):
+    # "rating" is a number, so "expected text or a list of messages" misleads.
+    with pytest.raises(ValueError, match=f"expected .*{wanted}"):
+        read(write_jsonl(tmp_path / "rows.jsonl", [row]))
+
+
+GOOD = (json.dumps(ROW) + "\n").encode()
+DAMAGED = bytearray(gzip.compress(GOOD * 500))
+DAMAGED[15:18] = b"\xff\xff\xff"                       # inside the deflate stream: zlib.error
+FILES = {      # name, bytes as they lie on disk, words of the message
+    "lfs pointer": ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+                    "git-lfs pointer"),
+    "not gzip": ("a.jsonl.gz", GOOD, "not a gzip file"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "damaged gzip"),
+    "junk after gzip": ("a.jsonl.gz", gzip.compress(GOOD) + b"junk", "damaged gzip"),
+    "broken gzip": ("a.jsonl.gz", bytes(DAMAGED), "damaged gzip"),
+    "invalid UTF-8": ("a.jsonl", GOOD + b'{"prompt": "\xff\xfe"}\n',
+                      "a.jsonl:2: bad JSON: 'utf-8'"),
+    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl:1: bad JSON"),
+    "empty": ("a.jsonl", b"", "no rows"),
+    "blank": ("a.jsonl", b"\n \r\n\n", "no rows"),
+    "empty array": ("a.json", b" [ ]", "no rows"),
+    "bad array": ("a.json", b"[{},\n{]", "bad JSON"),
+    "array of numbers": ("a.json", b"[1]", "a.json[0]: expected an object"),
+    "nested without end": ("a.json", b"[" * 100_000, "bad JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FILES)
+def test_a_bad_file_is_named(tmp_path, fault):
+    # One ValueError with the file's name, whatever lies on disk; anything else is a traceback.
+    name, raw, words = FILES[fault]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError) as caught:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and words in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    # A folder is no data file either.
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{path}: no such data file"):
+            read(path)
+
+
+# ---- split and command --------------------------------------------------------------------------
+
+def test_a_prompt_is_on_one_side_of_the_split(tmp_path):
+    # 1000 prompts twice: the two rows of a prompt stay together, about a fifth is held out
+    # (0.2 ± 5 standard deviations of 0.013), and neither order nor the other rows matter.
+    rows = [ROW | {"prompt": f"Question {n}?", "label": z} for z in (True, False)
+            for n in range(1000)]
+    records, _ = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    train, held_out = split_by_prompt(records, 0.2)
+    assert len(train) + len(held_out) == 2000
+    assert not {r.prompt for r in train} & {r.prompt for r in held_out}
+    assert abs(len(held_out) / 2000 - 0.2) < 0.065
+    assert [r for r in records if r in held_out] == held_out             # the file's order
+    assert split_by_prompt(records[::-1], 0.2)[1] == held_out[::-1]
+    assert split_by_prompt(records[:300], 0.2)[1] == [r for r in records[:300] if r in held_out]
+    assert set(held_out) <= set(split_by_prompt(records, 0.3)[1])        # a larger share adds only
+    assert split_by_prompt(records, 0.0) == (records, [])
+    assert split_by_prompt(records, 1.0) == ([], records)
+
+
+def test_the_command_shows_prompt_response_and_eos(tmp_path, tiny_tokenizer):
+    # What a reader runs first; scores, token counts and where each row comes from.
+    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR] * 5)
+    run = subprocess.run([sys.executable, "data.py", path, "--show", "3", "--tokenizer",
+                          tiny_tokenizer], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert (run.returncode, run.stderr) == (0, "")
+    assert f"{path}: 5 rows, 5 records with 10 responses" in run.stdout
+    assert run.stdout.count("USER: Why? ASSISTANT:\n") == 3
+    assert run.stdout.count("]  Because.</s>\n") == run.stdout.count("]  No idea.</s>\n") == 3
+    prompt_ids, response_ids = encode_dialogue(
+        Tokenizer(tiny_tokenizer), [("Human", "Why?"), ("Assistant", "Because.")])
+    assert f"[response, z = 1, {len(prompt_ids)} + {len(response_ids)} tokens]" in run.stdout
+    assert f"--- {path}:3\n" in run.stdout and f"--- {path}:4\n" not in run.stdout

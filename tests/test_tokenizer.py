@@ -1,0 +1,146 @@
+"""The Vicuna template byte for byte, and token ids as transformers gives them, for any text."""
+import hashlib
+import json
+
+import pytest
+import sentencepiece
+
+from data import VICUNA_SYSTEM, Tokenizer, encode_dialogue, read_dataset, render_dialogue
+from trees import make_trees
+
+STRANGE = ["plain words", "  two spaces first", "new\nline\n\n", "tab\tand\r\n", "</s>",
+           "<s>[INST]", "a </s> b", "</s></s>", "<unk>", "<0x0A>", "émoji 😀👩\u200d👧",
+           "e\u0301 combining", "\u202eRTL", "NUL\0inside", "\x1b[31m", "中文。",
+           "ASSISTANT: USER:", "x" * 300, "a  b   c    d", "?"]
+
+
+def joined(pieces, turns) -> list[int]:
+    """Ids of a whole dialogue, written anew: whole text between two </s>, encoded at once.
+
+    After a </s>, as transformers does it (legacy=False): encode "<unk>" + text, drop what "<unk>"
+    alone gives. For turns that alternate and are not empty.
+    """
+    text, ids = f"{VICUNA_SYSTEM} ", [pieces.bos_id()]
+    for number, (role, said) in enumerate(turns):
+        text += f"USER: {said} " if role == "Human" else f"ASSISTANT: {said}"
+        if role == "Assistant":
+            skip = len(pieces.encode("<unk>")) if number > 1 else 0
+            ids += pieces.encode("<unk>" * bool(skip) + text)[skip:] + [pieces.eos_id()]
+            text = ""
+    return ids
+
+
+def test_template_bytes_are_fastchats():
+    # Vicuna v1.1 / v1.5: sha256 of FastChat's rendering; no space before USER, none at the end.
+    turns = [("Human", "Hello!"), ("Assistant", "Hi!"), ("Human", "How are you?")]
+    text = "</s>".join(render_dialogue(turns))
+    assert text == (VICUNA_SYSTEM + " USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT:")
+    assert len(VICUNA_SYSTEM.encode()) == 154
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "7a0b861c844f5b4926c2f381dba25c591040a3da0761f2b1acb12d8d0cb52242")
+
+
+def test_template_of_a_system_message_and_of_empty_texts():
+    # A system message replaces the sentence; FastChat prints only the role of an empty text.
+    assert render_dialogue([("System", "Be kind."), ("Human", "a")]) == [
+        "Be kind. USER: a ASSISTANT:"]
+    assert render_dialogue([("Human", "")]) == [VICUNA_SYSTEM + " USER:ASSISTANT:"]
+    with pytest.raises(ValueError, match="unknown role 'Tool'"):
+        render_dialogue([("Tool", "a")])
+
+
+def test_ids_equal_those_of_transformers(shared_data, llama_tokenizer):
+    # Six HH dialogues through FastChat's template and LlamaTokenizer(legacy=False), BOS first.
+    for row in json.loads((shared_data / "llama2_tokenizer/vicuna_golden.json").read_text()):
+        assert "</s>".join(render_dialogue(row["turns"][:-1])) == row["prompt_text"]
+        assert "</s>".join(render_dialogue(row["turns"])) == row["full_text"]
+        prompt_ids, response_ids = encode_dialogue(llama_tokenizer, row["turns"])
+        assert prompt_ids == row["prompt_ids"]
+        assert prompt_ids + response_ids == row["full_ids"]
+
+
+def test_prompt_ids_are_a_prefix_of_the_joint_ids_on_all_of_hh(hh_file, llama_tokenizer):
+    # Encoding prompt and response apart usually differs from encoding them at once; here never.
+    records, checked = read_dataset(hh_file), 0
+    for record in records:
+        for said in record.responses:
+            turns = (*record.prompt, ("Assistant", said))
+            prompt_ids, response_ids = encode_dialogue(llama_tokenizer, turns)
+            if record.prompt[-1][0] == "Human":
+                assert encode_dialogue(llama_tokenizer, record.prompt) == (prompt_ids, [])
+            ids = prompt_ids + response_ids
+            assert len(response_ids) > 1 and ids[-1] == 2 and ids.count(1) == 1 and ids[0] == 1
+            roles = [role for role, _ in turns]
+            if roles == ["Human", "Assistant"] * (len(roles) // 2) and all(s for _, s in turns):
+                assert ids == joined(llama_tokenizer.pieces, turns), record.where
+                checked += 1
+    assert checked > 4580
+
+
+def test_every_real_prompt_is_whole_and_ends_in_the_answer_mark(hh_file, llama_tokenizer):
+    # In 5 answers two Assistant turns follow each other; the first belongs to the prompt, and the
+    # second is asked for by "ASSISTANT:" like any other.
+    records = [r for r in read_dataset(hh_file)
+               if [role for role, _ in r.prompt] != ["Human", "Assistant"] * (len(r.prompt) // 2)
+               + ["Human"]]
+    assert len(records) > 8
+    wrong = []
+    for record in records:
+        tree, = make_trees([record], llama_tokenizer, max_length=10**6, max_prompt_length=10**5)
+        text, said = llama_tokenizer.decode(tree.prompt_ids), [said for _, said in record.prompt]
+        if not text.endswith("ASSISTANT:") or any(turn not in text for turn in said):
+            wrong.append(int(record.where.rpartition(":")[2]))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_strange_text_stays_text(tiny_tokenizer, text):
+    # "</s>" typed by a user must not end the answer; all else comes back from its bytes unchanged.
+    tokenizer = Tokenizer(tiny_tokenizer)
+    said = text.strip()
+    turns = [("Human", text), ("Assistant", said), ("Human", text), ("Assistant", said)]
+    prompt_ids, response_ids = encode_dialogue(tokenizer, turns)
+    assert prompt_ids + response_ids == joined(tokenizer.pieces, turns)
+    assert prompt_ids[0] == 1 and response_ids[-1] == 2 and prompt_ids.count(2) == 1
+    assert not {0, 1, 2} & set(prompt_ids[1:prompt_ids.index(2)] + response_ids[:-1])
+    assert not {0, 1, 2} & set(prompt_ids[prompt_ids.index(2) + 1:])
+    assert tokenizer.decode(response_ids[:-1]) == said
+    first, last = render_dialogue(turns[:-1])
+    assert tokenizer.decode(prompt_ids[1:prompt_ids.index(2)]) == first
+    assert tokenizer.decode(tokenizer.encode(" " + last, continues=True)) == last
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_strange_text_keeps_its_ids_with_llamas_tokenizer(llama_tokenizer, text):
+    # The same with the 32,000 real pieces, where spaces and newlines have long pieces.
+    turns = [("Human", text), ("Assistant", text), ("Human", text), ("Assistant", text.strip())]
+    prompt_ids, response_ids = encode_dialogue(llama_tokenizer, turns)
+    assert prompt_ids + response_ids == joined(llama_tokenizer.pieces, turns)
+    assert llama_tokenizer.decode(llama_tokenizer.encode(text)) == text
+    assert not {0, 1, 2} & set(llama_tokenizer.encode(text))
+
+
+def test_a_continued_text_gets_no_space(tiny_tokenizer):
+    # SentencePiece puts a space before every text it is given; between </s> and USER there is none.
+    tokenizer = Tokenizer(tiny_tokenizer)
+    pieces = [tokenizer.pieces.id_to_piece(i) for i in tokenizer.encode("USER: hi", continues=True)]
+    assert "".join(pieces) == "USER:\u2581hi"
+    assert tokenizer.encode("", continues=True) == []
+
+
+def test_files_that_are_no_llama_tokenizer_are_refused(tmp_path):
+    # No bytes; no BOS; T5's normaliser, which eats newlines: a ValueError, not an IndexError.
+    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
+        Tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        Tokenizer(str(tmp_path))
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    for size, options in ((40, plain), (300, plain | {"byte_fallback": True, "bos_id": -1}),
+                          (300, {"byte_fallback": True})):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["how are you", "the quick brown fox"] * 9), minloglevel=2,
+            model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=size,
+            num_threads=1, **options)
+        with pytest.raises(ValueError, match="not a Llama tokenizer"):
+            Tokenizer(str(tmp_path))

@@ -1,0 +1,189 @@
+"""Whole runs through the command line: resume to the same bits, signals, ranks, metrics."""
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_folder
+from train import learning_rate, plan_batches
+from trees import Tree
+
+ROOT = Path(__file__).parents[1]
+QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """120 short pairs over 60 prompts."""
+    path, rng = tmp_path_factory.mktemp("data") / "pairs.jsonl", random.Random(0)
+    words = "the a cat dog sat ran on under mat hill and then some more".split()
+
+    def say(low, high):
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    path.write_text("".join(json.dumps({"prompt": say(2, 9), "chosen": say(1, 12) + " yes",
+                                        "rejected": say(1, 12) + " no"}) + "\n"
+                            for _ in range(120)))
+    return path
+
+
+def command(model, data, out, *flags, ranks=1):
+    launcher = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, str(ROOT / "train.py"), "--model_name_or_path", str(model), "--dataset",
+            str(data), "--output_dir", str(out), "--batch_size", "8", "--learning_rate", "1e-3",
+            "--micro_tokens", "128", "--save_steps", "3", "--logging_steps", "1", *flags]
+
+
+def finish(*args, **kwargs):
+    run = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=QUIET, capture_output=True,
+                         text=True, timeout=180)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def adapter_hash(out):
+    return hashlib.sha256((Path(out) / "final/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def logged(out, *without):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", *without)} for line in lines]
+
+
+# SFT trains with dropout (0.1): the masks must come out the same after a resume.
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_stopped_runs_end_with_the_same_adapter_bytes(tmp_path, tiny_model, pairs_file,
+                                                                 ranks):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = ("--method", "sft", "--num_train_epochs", "2")
+    finish(tiny_model, pairs_file, whole, *flags, ranks=ranks)
+    rng = random.Random(ranks)
+    for number, kind in enumerate((signal.SIGKILL, signal.SIGTERM)):
+        process = subprocess.Popen(command(tiny_model, pairs_file, broken, *flags, ranks=ranks),
+                                   cwd=ROOT, env=QUIET, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        target = 4 + 8 * number + rng.randint(0, 5)      # stop once this many steps are logged
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            file = broken / "metrics.jsonl"
+            if file.exists() and file.read_text().count("\n") >= target:
+                break
+            time.sleep(0.01)
+        if kind == signal.SIGTERM:
+            process.terminate()                          # torchrun passes it on to its workers
+        else:                                            # but its workers would outlive a kill
+            subprocess.run(["pkill", "-9", "-f", str(broken)])
+        process.wait(timeout=60)
+        assert not (broken / "final").exists(), "the run was over before the signal came"
+    finish(tiny_model, pairs_file, broken, *flags, ranks=ranks)
+    assert adapter_hash(whole) == adapter_hash(broken)
+    assert logged(whole) == logged(broken)
+
+
+def test_sigterm_saves_at_once_and_says_so(tmp_path, tiny_model, pairs_file):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(tiny_model, pairs_file, out, "--save_steps", "1000",
+                                       "--num_train_epochs", "50"), cwd=ROOT, env=QUIET,
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.terminate()
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "saved; the same command continues" in rest
+    (step, _), = checkpoints(str(out))
+    assert step == logged(out)[-1]["step"] >= 5
+
+
+def test_one_two_and_three_ranks_log_the_same_numbers(tmp_path, tiny_model, pairs_file):
+    # Metrics are sums and counts over ranks: a mean of means would differ on uneven shares.
+    runs = []
+    for ranks in (1, 2, 3):
+        finish(tiny_model, pairs_file, tmp_path / str(ranks), "--max_steps", "6",
+               "--num_train_epochs", "1", "--method", "ulma", ranks=ranks)
+        runs.append(logged(tmp_path / str(ranks), "tokens"))
+    for run in runs[1:]:
+        for line, expected in zip(run, runs[0], strict=True):
+            assert line.keys() == expected.keys()
+            for key, value in expected.items():
+                assert line[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
+
+
+def test_the_same_command_twice_gives_the_same_bits_and_bf16_and_full_weights_run(
+        tmp_path, tiny_model, pairs_file):
+    for name in ("a", "b"):
+        finish(tiny_model, pairs_file, tmp_path / name, "--method", "dpo", "--max_steps", "4")
+    assert adapter_hash(tmp_path / "a") == adapter_hash(tmp_path / "b")
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
+    shown = finish(tiny_model, pairs_file, tmp_path / "bf16", "--bf16", "--max_steps", "4")
+    assert "step 4/4" in shown and logged(tmp_path / "bf16")[-1]["loss"] > 0
+    shown = finish(tiny_model, pairs_file, tmp_path / "full", "--lora_r", "0", "--max_steps", "4")
+    assert "a copy that is not" in shown                 # says what the reference is
+    assert (tmp_path / "full/final/model.safetensors").exists()
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path):
+    # A write that dies between two files leaves the older checkpoints alone and no new one.
+    def dies(folder):
+        Path(folder, "half").write_text("x")
+        raise OSError("disk full")
+
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(str(tmp_path / "checkpoint-6"), dies)
+    assert [step for step, _ in checkpoints(str(tmp_path))] == [3]
+    write_folder(str(tmp_path / "checkpoint-6"), lambda folder: Path(folder, "a").write_text("x"))
+    assert [step for step, _ in checkpoints(str(tmp_path))] == [3, 6]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_named(tmp_path):
+    from test_step import make_model, trainable
+    model = make_model(torch.float32)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
+    sum(p.square().sum() for p in trainable(model).values()).backward()
+    optimizer.step()
+    for step in (1, 2, 3):
+        save_checkpoint(str(tmp_path), step, model, optimizer, "base", keep=2)
+    assert [step for step, _ in checkpoints(str(tmp_path))] == [2, 3]
+    assert load_checkpoint(str(tmp_path / "checkpoint-3"), model, optimizer) == 3
+    file = tmp_path / "checkpoint-3/optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="optimizer.safetensors is damaged"):
+        load_checkpoint(str(tmp_path / "checkpoint-3"), model, optimizer)
+
+
+def test_a_non_finite_loss_stops_before_anything_is_updated(tmp_path, tiny_model, pairs_file):
+    # log_z = inf makes point-wise DPO's loss infinite at the first step.
+    run = subprocess.run(command(tiny_model, pairs_file, tmp_path / "run", "--method",
+                                 "pointwise_dpo", "--log_z", "inf"), cwd=ROOT, env=QUIET,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "nothing was updated or saved" in run.stderr
+    assert not checkpoints(str(tmp_path / "run")) and not (tmp_path / "run/final").exists()
+
+
+def test_learning_rate_warms_up_linearly_and_ends_on_a_cosine_at_zero():
+    rates = [learning_rate(step, 2.0, 4, 12) for step in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[8] == pytest.approx(1.0) and rates[11] == pytest.approx(2 * 0.03806, rel=1e-3)
+
+
+def test_a_plan_is_whole_epochs_then_a_fraction():
+    trees = [Tree([1], [[2]], [1.0], []) for _ in range(10)]
+    plan = plan_batches(trees, "all", 4, 2.0, -1, seed=0)
+    assert [len(batch) for batch in plan] == [4, 4, 2, 4, 4, 2]
+    assert sorted(sum(plan[:3], [])) == list(range(10)) and plan[:3] != plan[3:]
+    assert len(plan_batches(trees, "all", 4, 1.5, -1, seed=0)) == 4     # half of six steps is 4.5
+    assert plan_batches(trees, "all", 4, 1.0, 5, seed=0) == plan[:5]    # max_steps goes on
