@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora import adapter_tensors, load_adapter, save_adapter
-from model import load_llama, save_llama
+from model import load_llama, read_json, save_llama
 
 
 def sha256(path: str) -> str:
@@ -73,8 +73,7 @@ def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
     if overwrite and os.path.isfile(file):
         shutil.rmtree(path)                              # only ever a folder that was a run
     if os.path.isfile(file):
-        with open(file, encoding="utf-8") as stream:
-            before = json.load(stream)
+        before = read_json(file)
         changed = [f"{key} was {before.get(key)!r}, now {flags[key]!r}" for key in flags
                    if key not in FREE_FLAGS and before.get(key) != flags[key]]
         if changed:
@@ -151,8 +150,7 @@ def load_checkpoint(path: str, model, optimizer) -> int:
 
     raises  ValueError naming the file whose bytes are not those that were saved
     """
-    with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as stream:
-        state = json.load(stream)
+    state = read_json(os.path.join(path, "trainer_state.json"))
     for file, digest in state["sha256"].items():
         if sha256(os.path.join(path, file)) != digest:
             raise ValueError(f"{os.path.join(path, file)} is damaged (its SHA-256 is not the one "

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def read_rows(path: str):
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file: {error}") from None
     elif path.endswith(".gz"):
         raise ValueError(f"{path}: not a gzip file (it starts with {raw[:20]!r})")
@@ -79,7 +80,7 @@ def _json(raw: bytes, where: str):
         if b"\\u" in raw:                       # a lone surrogate is no text; no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
-    except ValueError as error:                 # JSONDecodeError and Unicode errors are ValueErrors
+    except (ValueError, RecursionError) as error:    # JSON and Unicode errors are ValueErrors
         excerpt = raw[:80].decode("utf-8", "replace").strip()
         raise ValueError(f"{where}: bad JSON: {error}; it starts with {excerpt!r}") from None
 
@@ -88,9 +89,18 @@ def _get(row: dict, key: str, kind, where: str):
     if key not in row:
         raise ValueError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, row))}")
     if not isinstance(row[key], kind):
+        kinds = {(str, list): "text or a list of messages", (int, float): "a number"}
         raise ValueError(f"{where}: {key!r} is {str(row[key])[:60]!r}; expected "
-                         f"{getattr(kind, '__name__', 'text or a list of messages')}")
+                         f"{kinds[kind] if kind in kinds else kind.__name__}")
     return row[key]
+
+
+def _texts(row: dict, key: str, where: str) -> list[str]:
+    """A list of at least one text."""
+    texts = _get(row, key, list, where)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where}: {key} is {str(texts)[:60]!r}; expected a list of texts")
+    return texts
 
 
 def split_transcript(text: str, where: str) -> list[tuple[str, str]]:
@@ -162,14 +172,17 @@ def read_qa_feedback(path: str, counts_: Counter | None = None) -> list[Record]:
     for where, row in read_rows(path):
         counts_["rows"] += 1
         if "feedback" not in row:
-            judged = [(answer, 1.0) for answer in _get(row, "answer", list, where)]
+            judged = [(answer, 1.0) for answer in _texts(row, "answer", where)]
             prompt = _get(row, "text", str, where)
         else:
-            passages = " ".join(f"wikipage: {title} text: {' '.join(sentences)}" for
-                                title, *sentences in _get(row, "passages", list, where))
-            prompt = f"question: {_get(row, 'question', str, where)} context: {passages}"
+            passages = [_texts({"passage": passage}, "passage", where)
+                        for passage in _get(row, "passages", list, where)]
+            context = " | ".join(f"wikipage: {title} text: {' '.join(sentences)}"
+                                 for title, *sentences in passages)
+            prompt = f"question: {_get(row, 'question', str, where)} context: {context}"
             wrong = _get(row, "prediction 1", str, where).strip()
-            right = _get(row["feedback"], "corrected-prediction", str, where).strip()
+            right = _get(_get(row, "feedback", dict, where), "corrected-prediction", str,
+                         where).strip()
             judged = [(wrong, 0.0), (right, 1.0)]
             if wrong == right:
                 counts_["predictions without an error (a positive, no pair)"] += 1
@@ -210,11 +223,12 @@ def _turns(value, where: str) -> list[tuple[str, str]]:
             turns = split_transcript(value, where)
             return turns[:-1] if turns[-1] == ("Assistant", "") else turns
         return [("Human", value)]
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES \
-                or not isinstance(message.get("content"), str):
+    for number, message in enumerate(value):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in list(ROLES) or not isinstance(message.get("content"), str) or (
+                role == "system" and number > 0):
             raise ValueError(f"{where}: {str(message)[:60]!r} is not a message with 'role' "
-                             "(system, user, assistant) and text 'content'")
+                             "(user, assistant, or system at the start) and text 'content'")
     return [(ROLES[message["role"]], message["content"]) for message in value]
 
 
@@ -286,7 +300,8 @@ class Tokenizer:
         self.file, self.vocab_size = file, self.pieces.vocab_size()
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self._newline = self.pieces.encode("\n")
-        if min(self.bos_id, self.eos_id) < 0 or not self.pieces.is_byte(self._newline[-1]):
+        if min(self.bos_id, self.eos_id) < 0 or not self._newline or not self.pieces.is_byte(
+                self._newline[-1]):
             raise ValueError(f"{file}: not a Llama tokenizer: it needs BOS, EOS and byte fallback")
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
@@ -311,7 +326,8 @@ VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence a
 def render_dialogue(turns) -> list[str]:
     """The Vicuna v1.5 text of a dialogue, cut after every answer; "</s>".join gives all of it.
 
-    turns     [("System", text)?, ("Human", text), ("Assistant", text), …]
+    turns     [("System", text)?, ("Human", text), ("Assistant", text), …]; a last Human turn, or
+              ("Assistant", ""), asks for the next answer
     returns   ["{system} USER: a ASSISTANT: b", "USER: c ASSISTANT:"]; the last is open
     Source: FastChat conversation.py "vicuna_v1.1": an empty text prints its role only.
     """
@@ -344,7 +360,7 @@ def encode_dialogue(tokenizer: Tokenizer, turns) -> tuple[list[int], list[int]]:
         response_ids = tokenizer.encode(" " + said, continues=True) if said else []
         response_ids = response_ids + [tokenizer.eos_id]
     prompt_ids = [tokenizer.bos_id]
-    for number, text in enumerate(render_dialogue(turns)):
+    for number, text in enumerate(render_dialogue([*turns, ("Assistant", "")])):
         prompt_ids += [tokenizer.eos_id] * (number > 0)
         prompt_ids += tokenizer.encode(text, continues=number > 0)
     return prompt_ids, response_ids
@@ -376,7 +392,7 @@ def main() -> None:
     grey, green, red, plain = (("\033[90m", "\033[32m", "\033[41m", "\033[0m")
                                if sys.stdout.isatty() else ("", "", "", ""))
     for record in records[:args.show]:
-        prompt = "</s>".join(render_dialogue(record.prompt))
+        prompt = "</s>".join(render_dialogue([*record.prompt, ("Assistant", "")]))
         print(f"\n--- {record.where}\n[prompt]   {grey}{prompt}{plain}")
         for said, score in zip(record.responses, record.scores):
             size = ""

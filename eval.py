@@ -19,11 +19,11 @@ from torch import Tensor
 from data import Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
 from kernels import linear_logps
 from lora import load_adapter, lora_disabled
-from model import Llama, load_llama
+from model import Llama, load_llama, read_json
 from step import adapters_off, frozen_copy, sequence_logps
 from trees import Tree, build_stream, make_trees, pack
 from ulma import response_logps
-from world import answers, base_model, question, held_out_prompts
+from world import answers, base_model, held_out_prompts, question
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
 
@@ -193,8 +193,9 @@ def load_run(path: str):
     if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
         raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
                                 "and final/)")
-    with open(file, encoding="utf-8") as stream:
-        flags = json.load(stream)
+    flags = read_json(file)
+    if missing := {"model_name_or_path", "bf16", "lora_r", "dataset"} - set(flags):
+        raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
     dtype = torch.bfloat16 if flags["bf16"] else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Linear, linear, open_safetensors
+from model import Linear, linear, open_safetensors, read_json
 
 PREFIX = "base_model.model."        # PEFT wraps the model twice
 
@@ -63,8 +63,9 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
     """
     if r < 1 or lora_layers(model):
         raise ValueError(f"r = {r} must be at least 1" if r < 1 else "the model has adapters")
+    # not the head: its weight is used by kernels/, it is never called
     found = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, Linear)]
+             if isinstance(module, Linear) and name != "lm_head"]
     names = {name.rpartition(".")[2] for name, _ in found}
     if unknown := set(target_modules) - names:
         raise ValueError(f"no linear layer is called {', '.join(sorted(unknown))}; "
@@ -144,8 +145,7 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     file = os.path.join(path, "adapter_config.json")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such file (a PEFT adapter folder has one)")
-    with open(file, encoding="utf-8") as stream:
-        config = json.load(stream)
+    config = read_json(file)
     if missing := {"peft_type", "r", "lora_alpha", "target_modules"} - set(config):
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
     plain = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "bias": "none",
@@ -177,5 +177,5 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
         for name, tensor in expected.items():
             tensor.copy_(weights.get_tensor(name))
     for layer in lora_layers(model).values():
-        layer.scaling = config["lora_alpha"] / config["r"]
+        layer.scaling, layer.dropout = config["lora_alpha"] / config["r"], 0.0
     return model

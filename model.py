@@ -49,6 +49,11 @@ class LlamaConfig:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for field in fields(self):
+            value, kind = getattr(self, field.name), (int, float) if field.type is float else int
+            if not (field.type is bool or field.name.endswith("_id")
+                    or (isinstance(value, kind) and value > 0)):
+                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
@@ -61,7 +66,7 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-# Keys of config.json that change no number here, and keys accepted with just this value.
+# Keys of config.json that change no number here, and keys accepted with this value only.
 INERT_KEYS = {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache",
               "pad_token_id", "initializer_range", "_name_or_path", "pretraining_tp",
               "max_sequence_length", "rope_parameters", "rope_scaling", "_attn_implementation"}
@@ -69,19 +74,29 @@ FIXED_KEYS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": Fal
               "mlp_bias": False, "attention_dropout": 0.0}
 
 
+def read_json(file: str) -> dict:
+    """The JSON object in a file; raises ValueError with its name."""
+    with open(file, encoding="utf-8") as stream:
+        try:
+            value = json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return value
+
+
 def read_config(path: str) -> LlamaConfig:
     """LlamaConfig of a Hugging Face folder; raises ValueError naming what is not supported."""
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such file (a Hugging Face model folder has one)")
-    with open(file, encoding="utf-8") as stream:
-        try:
-            raw = json.load(stream)
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON: {error}") from None
+    raw = read_json(file)
     known = {field.name for field in fields(LlamaConfig)} - {"rope_factor"}
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
+    if not isinstance(scaling, dict):
+        raise ValueError(f"{file}: rope_scaling is {scaling!r}; expected an object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     problems = []
     if rope_type not in ("default", "linear"):
@@ -90,7 +105,7 @@ def read_config(path: str) -> LlamaConfig:
         if key in FIXED_KEYS and value != FIXED_KEYS[key]:
             problems.append(f"{key} = {value!r} (supported: {FIXED_KEYS[key]!r})")
         elif key == "head_dim":
-            if value and value * raw["num_attention_heads"] != raw["hidden_size"]:
+            if value and value * raw.get("num_attention_heads", 32) != raw.get("hidden_size"):
                 problems.append(f"head_dim = {value} (supported: hidden_size / heads)")
         elif key not in known | INERT_KEYS | set(FIXED_KEYS) and value not in (None, False):
             problems.append(f"{key} = {value!r} (unknown to this code)")
@@ -100,6 +115,7 @@ def read_config(path: str) -> LlamaConfig:
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = values["eos_token_id"][0]
     values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    values.setdefault("rms_norm_eps", 1e-6)      # Hugging Face's default; Llama-2 says 1e-5 itself
     factor = float(scaling.get("factor", 1.0)) if rope_type == "linear" else 1.0
     return LlamaConfig(**values, rope_factor=factor)
 
@@ -301,12 +317,12 @@ def weight_files(path: str) -> list[str]:
     """The safetensors files of a folder, by its index if it is sharded."""
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.isfile(index):
-        with open(index, encoding="utf-8") as stream:
-            names = sorted(set(json.load(stream)["weight_map"].values()))
+        if "weight_map" not in (content := read_json(index)):
+            raise ValueError(f"{index}: key 'weight_map' is missing")
+        names = sorted(set(content["weight_map"].values()))
     else:
         names = ["model.safetensors"]
-    missing = [name for name in names if not os.path.isfile(os.path.join(path, name))]
-    if missing:
+    if missing := [name for name in names if not os.path.isfile(os.path.join(path, name))]:
         raise FileNotFoundError(f"{path}: missing weight file(s) {', '.join(missing)}")
     return [os.path.join(path, name) for name in names]
 
@@ -317,8 +333,8 @@ def open_safetensors(file: str):
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         with open(file, "rb") as stream:
-            is_pointer = stream.read(7) == b"version"
-        hint = "; this is a git-lfs pointer, run `git lfs pull`" if is_pointer else ""
+            hint = ("; this is a git-lfs pointer, run `git lfs pull`"
+                    if stream.read(7) == b"version" else "")
         raise ValueError(f"{file} ({os.path.getsize(file)} bytes) is not a readable safetensors "
                          f"file: {error}{hint}") from None
 
@@ -330,11 +346,9 @@ def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     """
     with torch.device("meta"):
         model = Llama(read_config(path))
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    tied = model.config.tie_word_embeddings
-    if tied:
-        del expected["lm_head.weight"]
-    tensors, problems = {}, []
+    tied, tensors, problems = model.config.tie_word_embeddings, {}, []
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()
+                if not (tied and name == "lm_head.weight")}
     for file in weight_files(path):
         with open_safetensors(file) as weights:
             for name in weights.keys():
@@ -357,7 +371,7 @@ def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     model.load_state_dict(tensors, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
+    return model
 
 
 def save_llama(model: Llama, path: str, max_shard_bytes: int = SHARD_BYTES) -> None:
@@ -379,15 +393,16 @@ def save_llama(model: Llama, path: str, max_shard_bytes: int = SHARD_BYTES) -> N
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
+    index_file = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(index_file):
+        os.remove(index_file)                   # an older model's; loaders would follow it
     if len(shards) == 1:
         save_file(tensors, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
         return
-    weight_map = {}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {}}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, os.path.join(path, name), metadata={"format": "pt"})
-        weight_map |= {key: name for key in shard}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-             "weight_map": weight_map}
-    with open(os.path.join(path, "model.safetensors.index.json"), "w", encoding="utf-8") as stream:
+        index["weight_map"] |= {key: name for key in shard}
+    with open(index_file, "w", encoding="utf-8") as stream:
         json.dump(index, stream, indent=2)

@@ -94,17 +94,23 @@ def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: St
     mean              length averages, as in the authors' code
     """
     hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
-    hidden = hidden.index_select(0, stream.predict_from)                         # [N, D]
+    hidden, head = hidden.index_select(0, stream.predict_from), model.lm_head.weight     # [N, D]
     reference_hidden, reference_labels = hidden.new_empty(0, hidden.shape[1]), stream.labels[:0]
-    owners = stream.response_ids[:0]
+    owners, reference_head = stream.response_ids[:0], head
     if reference_stream is not None:
         with torch.no_grad(), reference() as frozen:
             reference_hidden = frozen(reference_stream.input_ids, reference_stream.position_ids,
                                       reference_stream.segments)
             reference_hidden = reference_hidden.index_select(0, reference_stream.predict_from)
+            reference_head = frozen.lm_head.weight
         reference_labels, owners = reference_stream.labels, reference_stream.response_ids
-    policy, frozen = linear_logps(hidden, reference_hidden, model.lm_head.weight, stream.labels,
-                                  reference_labels)                              # [N], [M]
+    if reference_head is head:
+        policy, frozen = linear_logps(hidden, reference_hidden, head, stream.labels,
+                                      reference_labels)                          # [N], [M]
+    else:                                      # all weights are trained, the head among them
+        policy, _ = linear_logps(hidden, hidden[:0], head, stream.labels, stream.labels[:0])
+        _, frozen = linear_logps(hidden[:0].detach(), reference_hidden, reference_head,
+                                 reference_labels[:0], reference_labels)
     return (response_logps(policy, stream.response_ids, len(stream.scores), mean),
             response_logps(frozen, owners, len(stream.scores), mean))
 

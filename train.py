@@ -92,7 +92,7 @@ def plan_batches(trees: list[Tree], uses: str, batch_size: int, epochs: float, m
         epoch += 1
     if max_steps > 0:
         return batches[:max_steps]
-    return batches[:round(len(batches) * epochs / math.ceil(epochs))]
+    return batches[:round(len(batches) * epochs / max(1, math.ceil(epochs)))]
 
 
 class Stop:
@@ -109,12 +109,10 @@ class Stop:
         self.signal = number
 
 
-def train(args, model: Llama, reference, trees: list[Tree], rank: int, world_size: int, device,
-          stop: Stop) -> None:
+def train(args, model: Llama, reference, trees: list[Tree], batches: list[list[int]], rank: int,
+          world_size: int, device, stop: Stop) -> None:
     """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
     method, parameters = METHODS[args.method], list(trainable(model).values())
-    batches = plan_batches(trees, method.uses, args.batch_size, args.num_train_epochs,
-                           args.max_steps, args.seed)
     warmup = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
@@ -240,6 +238,14 @@ def parse_args(argv=None):
     for name in ("batch_size", "micro_tokens", "logging_steps", "save_steps", "save_total_limit"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    ranges = {"held_out": (0, 1), "lora_dropout": (0, 1), "learning_rate": (0, math.inf),
+              "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
+              "num_train_epochs": (0, math.inf), "beta": (0, math.inf), "lora_alpha": (0, math.inf),
+              "max_grad_norm": (0, math.inf), "log_z": (-math.inf, math.inf)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            raise ValueError(f"--{name} {value} must be a number in [{low}, {high}]")
     if bool(args.dataset) != bool(args.model_name_or_path):
         raise ValueError("--dataset and --model_name_or_path go together (leave out both for the "
                          "embedded world)")
@@ -250,7 +256,9 @@ def parse_args(argv=None):
 
 
 def prepare(args, rank: int, device):
-    """Read and check everything before anything is written: (model, reference, trees, tokenizer).
+    """Read and check everything before anything is written.
+
+    returns (model, reference, trees, batches, tokenizer)
 
     raises  ValueError or OSError, one sentence, for whatever does not fit
     """
@@ -264,6 +272,10 @@ def prepare(args, rank: int, device):
     counts = Counter()
     trees = make_trees(records, tokenizer, method.uses, args.max_length, args.max_prompt_length,
                        counts)
+    batches = plan_batches(trees, method.uses, args.batch_size, args.num_train_epochs,
+                           args.max_steps, args.seed)
+    if not batches:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs} gives no step")
     model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
                        device)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -287,7 +299,7 @@ def prepare(args, rank: int, device):
             print(f"  {what:58} {number:7}")
         print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained; "
               f"reference: {'none' if method.reference == 'none' else reference.func.__doc__}")
-    return model, reference, trees, tokenizer
+    return model, reference, trees, batches, tokenizer
 
 
 def main(argv=None) -> None:
@@ -302,15 +314,17 @@ def main(argv=None) -> None:
             dist.barrier()
         args.model_name_or_path = base_model()
         args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else "points")
-        args.learning_rate = args.learning_rate or WORLD_LEARNING_RATE
-    args.learning_rate = args.learning_rate or 1e-5
-    model, reference, trees, tokenizer = prepare(args, rank, device)
+        if args.learning_rate is None:
+            args.learning_rate = WORLD_LEARNING_RATE
+    if args.learning_rate is None:
+        args.learning_rate = 1e-5
+    model, reference, trees, batches, tokenizer = prepare(args, rank, device)
     flags = vars(args) | {"dataset_sha256": sha256(args.dataset)}
     if rank == 0:
         claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
     if world_size > 1:
         dist.barrier()
-    train(args, model, reference, trees, rank, world_size, device, Stop())
+    train(args, model, reference, trees, batches, rank, world_size, device, Stop())
     if rank == 0:
         def write(folder):
             save_weights(model, folder, args.model_name_or_path)

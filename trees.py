@@ -78,7 +78,7 @@ def make_trees(records, tokenizer, uses: str = "all", max_length: int = 1024,
         if not kept:
             continue
         if record.prompt != last_prompt or len(trees[-1].scores) + len(kept) > MAX_RESPONSES:
-            prompt_ids, _ = encode_dialogue(tokenizer, record.prompt)
+            prompt_ids, _ = encode_dialogue(tokenizer, [*record.prompt, ("Assistant", "")])
             counts_["prompts cut from the left"] += len(prompt_ids) > max_prompt_length
             trees.append(Tree(truncate(prompt_ids, [], max_length, max_prompt_length)[0], [], [], []))
             last_prompt = record.prompt

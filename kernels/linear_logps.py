@@ -14,6 +14,7 @@ Three facts make this cheap when a model is aligned with adapters:
 """
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ROWS = 512      # rows of logits held at a time: 512 x 32000 float32 = 65 MB
@@ -58,6 +59,7 @@ class _LinearLogps(torch.autograd.Function):
         return policy_logps, reference_logps                                      # [N], [M]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, policy_grad, _):
         (u,) = ctx.saved_tensors
         return (policy_grad[:, None] * u).to(u.dtype), None, None, None, None     # [N, D]

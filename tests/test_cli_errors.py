@@ -98,8 +98,9 @@ def test_missing_files_are_refused(refused, tmp_path):
     has(refused(model=tmp_path / "no-model"), "no-model", "no such tokenizer file")
 
 
-def test_dataset_and_model_go_together(refused):
+def test_dataset_and_model_go_together(refused, monkeypatch):
     # With only one of them the other would silently be the embedded world's.
+    monkeypatch.setattr(train, "ensure_world", lambda: pytest.fail("went on to build the world"))
     has(refused(model=None), "--dataset", "--model_name_or_path", "go together")
     has(refused(dataset=None), "--dataset", "--model_name_or_path", "go together")
 
@@ -120,6 +121,9 @@ def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_pa
     bad = write_jsonl(tmp_path / "bad.jsonl", [row | {"label": 0} for row in POINTS])
     for method in ("sft", "positive_dpo"):
         has(refused("--method", method, dataset=bad), "no response has z = 1", "fit: ulma, ulma_")
+    fair = write_jsonl(tmp_path / "fair.jsonl", [row | {"label": 0.5} for row in POINTS])
+    has(refused("--method", "unlearning", dataset=fair), "no response has z = 0",
+        "fit: ulma, ulma_mse, pointwise_dpo, pointwise_mse, unlikelihood\n")
 
 
 # ---- model --------------------------------------------------------------------------------------

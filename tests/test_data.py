@@ -206,8 +206,8 @@ def test_empty_and_twice_scored_answers_are_left_out_and_counted(tmp_path):
         (("No.",), (0.0,)), (("Because.",), (1.0,))]
     assert counts["empty responses dropped"] == 2
     assert counts["rows skipped: the same response scored both ways"] == 1
-    path = write_jsonl(tmp_path / "qa.json", ['[{"passages": [], "text": "a", "answer": [" ", "b"]}]'])
-    (record,), counts = read(path)
+    row = {"passages": [], "text": "a", "answer": [" ", "b"]}
+    (record,), counts = read(write_jsonl(tmp_path / "qa.jsonl", [row]))
     assert (record.responses, counts["empty responses dropped"]) == (("b",), 1)
 
 

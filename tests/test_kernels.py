@@ -31,7 +31,7 @@ def true_logps(hidden, weight, labels):
     logits = hidden.detach().double() @ weight.detach().double().T
     top = logits.max(-1).values if logits.numel() else logits.sum(-1)
     lse = top + (logits - top[:, None]).exp().sum(-1).log()
-    return logits[torch.arange(len(labels)), labels] - lse
+    return logits.gather(1, labels[:, None])[:, 0] - lse
 
 
 def true_gradient(hidden, weight, labels, upstream):
@@ -106,7 +106,11 @@ def test_logps_and_gradient_for_every_chunking(n, m, chunk_rows, dtype, device):
     gradient = gradient_of(logps, hidden, upstream)
     assert gradient.dtype == dtype and gradient.shape == hidden.shape
     truth = true_gradient(hidden, weight, labels, upstream)
-    assert (row_errors(gradient, truth) <= (1e-5 if dtype == torch.float32 else 6e-3)).all()
+    allowed = torch.full((n,), 1e-5 if dtype == torch.float32 else 6e-3, device=device)
+    if device != "cpu":           # a GPU rounds logits to bfloat16: what eager's gradient is off by
+        eager = gradient_of(eager_logps(hidden, weight, labels), hidden, upstream)
+        allowed = allowed + row_errors(eager, truth)
+    assert (row_errors(gradient, truth) <= allowed).all()
 
 
 @each_device
@@ -212,6 +216,28 @@ def test_gradcheck():
 
     assert policy_logps(hidden).dtype == torch.float64
     assert torch.autograd.gradcheck(policy_logps, hidden, eps=1e-6, atol=1e-9, rtol=1e-7)
+
+
+# BUG in linear_logps.py: _LinearLogps.backward lacks @once_differentiable. Remove the mark with
+# the fix.
+def test_second_derivatives_are_refused_or_right():
+    # u is kept as a constant, so a derivative of the gradient lacks du/dh: a gradient penalty's own
+    # gradient is off by up to three times its size. Eager torch is the truth here.
+    hidden, reference_hidden, weight, labels, reference_labels = make_rows(
+        3, 0, width=4, vocab=7, dtype=torch.float64, seed=0)
+    hidden.requires_grad_()
+
+    def penalty_gradient(logps):
+        gradient, = torch.autograd.grad((logps ** 2).sum(), hidden, create_graph=True)
+        return torch.autograd.grad((gradient ** 2).sum(), hidden)[0]
+
+    expected = penalty_gradient(eager_logps(hidden, weight, labels))
+    try:
+        ours = penalty_gradient(linear_logps(hidden, reference_hidden, weight, labels,
+                                             reference_labels)[0])
+    except RuntimeError:
+        return                                              # once_differentiable says so
+    assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
 # ---- rows do not see each other -----------------------------------------------------------------

@@ -12,6 +12,7 @@ STRANGE = ["plain words", "  two spaces first", "new\nline\n\n", "tab\tand\r\n",
            "<s>[INST]", "a </s> b", "</s></s>", "<unk>", "<0x0A>", "émoji 😀👩\u200d👧",
            "e\u0301 combining", "\u202eRTL", "NUL\0inside", "\x1b[31m", "中文。",
            "ASSISTANT: USER:", "x" * 300, "a  b   c    d", "?"]
+ASK = ("Assistant", "")         # asks for the next answer
 
 
 def joined(pieces, turns) -> list[int]:
@@ -32,7 +33,7 @@ def joined(pieces, turns) -> list[int]:
 
 def test_template_bytes_are_fastchats():
     # Vicuna v1.1 / v1.5: sha256 of FastChat's rendering; no space before USER, none at the end.
-    turns = [("Human", "Hello!"), ("Assistant", "Hi!"), ("Human", "How are you?")]
+    turns = [("Human", "Hello!"), ("Assistant", "Hi!"), ("Human", "How are you?"), ASK]
     text = "</s>".join(render_dialogue(turns))
     assert text == (VICUNA_SYSTEM + " USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT:")
     assert len(VICUNA_SYSTEM.encode()) == 154
@@ -42,9 +43,9 @@ def test_template_bytes_are_fastchats():
 
 def test_template_of_a_system_message_and_of_empty_texts():
     # A system message replaces the sentence; FastChat prints only the role of an empty text.
-    assert render_dialogue([("System", "Be kind."), ("Human", "a")]) == [
+    assert render_dialogue([("System", "Be kind."), ("Human", "a"), ASK]) == [
         "Be kind. USER: a ASSISTANT:"]
-    assert render_dialogue([("Human", "")]) == [VICUNA_SYSTEM + " USER:ASSISTANT:"]
+    assert render_dialogue([("Human", ""), ASK]) == [VICUNA_SYSTEM + " USER:ASSISTANT:"]
     with pytest.raises(ValueError, match="unknown role 'Tool'"):
         render_dialogue([("Tool", "a")])
 
@@ -52,7 +53,7 @@ def test_template_of_a_system_message_and_of_empty_texts():
 def test_ids_equal_those_of_transformers(shared_data, llama_tokenizer):
     # Six HH dialogues through FastChat's template and LlamaTokenizer(legacy=False), BOS first.
     for row in json.loads((shared_data / "llama2_tokenizer/vicuna_golden.json").read_text()):
-        assert "</s>".join(render_dialogue(row["turns"][:-1])) == row["prompt_text"]
+        assert "</s>".join(render_dialogue([*row["turns"][:-1], ASK])) == row["prompt_text"]
         assert "</s>".join(render_dialogue(row["turns"])) == row["full_text"]
         prompt_ids, response_ids = encode_dialogue(llama_tokenizer, row["turns"])
         assert prompt_ids == row["prompt_ids"]
@@ -105,7 +106,7 @@ def test_strange_text_stays_text(tiny_tokenizer, text):
     assert not {0, 1, 2} & set(prompt_ids[1:prompt_ids.index(2)] + response_ids[:-1])
     assert not {0, 1, 2} & set(prompt_ids[prompt_ids.index(2) + 1:])
     assert tokenizer.decode(response_ids[:-1]) == said
-    first, last = render_dialogue(turns[:-1])
+    first, last = render_dialogue([*turns[:-1], ASK])
     assert tokenizer.decode(prompt_ids[1:prompt_ids.index(2)]) == first
     assert tokenizer.decode(tokenizer.encode(" " + last, continues=True)) == last
 

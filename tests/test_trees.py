@@ -278,6 +278,8 @@ def test_shards_deal_every_tree_to_one_rank_evenly():
         loads = [sum(tree.num_tokens for tree in part) for part in shards]
         assert max(loads) - min(loads) <= max(tree.num_tokens for tree in trees)
         assert shard(trees, world_size) == shards
+    trees = [Tree([1] * size, [[2]], [1.0], []) for size in (3, 3, 4, 10)]        # by hand: 10 | 10
+    assert [[tree.num_tokens for tree in part] for part in shard(trees, 2)] == [[10], [4, 3, 3]]
 
 
 def test_an_epoch_has_every_index_once_in_batches_of_the_size_asked_for():
