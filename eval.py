@@ -194,7 +194,7 @@ def load_run(path: str):
         raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
                                 "and final/)")
     flags = read_json(file)
-    if missing := {"model_name_or_path", "bf16", "lora_r", "dataset"} - set(flags):
+    if missing := {"model_name_or_path", "bf16", "lora_r", "dataset", "beta"} - set(flags):
         raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
     dtype = torch.bfloat16 if flags["bf16"] else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,12 +210,13 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="output folders of train.py")
     parser.add_argument("--dataset", help="evaluate on this file, not on what the run held out")
-    parser.add_argument("--beta", type=float, default=0.1, help="of rewards and of pi* (0.1)")
+    parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
     parser.add_argument("--json", help="also write the world's table here")
     args = parser.parse_args()
     policies, asked, reference = {}, held_out_prompts(), None
     for path in args.runs:
         model, reference_of, flags = load_run(path)
+        beta = flags["beta"] if args.beta is None else args.beta
         if args.dataset is None and os.path.abspath(flags["model_name_or_path"]) == \
                 os.path.abspath(base_model()):
             tokenizer = Tokenizer(base_model())
@@ -236,14 +237,14 @@ def main() -> None:
         trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
                            flags["max_length"], flags["max_prompt_length"])
         print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
-        evaluate_file(model, reference_of, trees, args.beta)
+        evaluate_file(model, reference_of, trees, beta)
     if policies:
-        table = evaluate_world(policies, reference, lengths, asked, args.beta)
+        table = evaluate_world(policies, reference, lengths, asked, beta)
         print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
         for name, row in table.items():
             print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
         print_samples(policies, asked)
-        print(f"\n{len(asked)} test prompts, beta {args.beta:g}. " + ". ".join(
+        print(f"\n{len(asked)} test prompts, beta {beta:g}. " + ". ".join(
             f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
         if args.json:
             with open(args.json, "w", encoding="utf-8") as stream:

@@ -37,7 +37,7 @@ from model import Llama, load_llama
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
                   frozen_copy)
 from trees import Tree, epoch_batches, make_trees, shard
-from world import WORLD_LEARNING_RATE, base_model, data_file, ensure_world
+from world import WORLD_FLAGS, base_model, data_file, ensure_world
 
 
 # ---- several processes --------------------------------------------------------------------------
@@ -190,7 +190,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=(
+        "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
     flag = parser.add_argument_group("what").add_argument
     flag("--method", choices=METHODS, default="ulma", help="objective, see ulma.py")
     flag("--model_name_or_path", help="Hugging Face Llama folder (default: the embedded world's)")
@@ -208,8 +209,7 @@ def parse_args(argv=None):
     flag("--reduction", choices=("mean", "class"), default="mean",
          help="mean over responses, or mean over positives + mean over the rest (authors' code)")
     flag = parser.add_argument_group("optimization").add_argument
-    flag("--learning_rate", type=float,
-         help=f"peak (default: 1e-5, the paper's; {WORLD_LEARNING_RATE:g} on the embedded world)")
+    flag("--learning_rate", type=float, default=1e-5, help="peak")
     flag("--batch_size", type=int, default=64,
          help="responses per step over all ranks; pairs for dpo")
     flag("--num_train_epochs", type=float, default=1.0, help="passes over the data")
@@ -234,6 +234,9 @@ def parse_args(argv=None):
     flag("--save_steps", type=int, default=100, help="steps per checkpoint")
     flag("--save_total_limit", type=int, default=2, help="checkpoints kept, the newest")
     args = parser.parse_args(argv)
+    if args.dataset is None:
+        parser.set_defaults(**WORLD_FLAGS)               # the flags that were given still win
+        args = parser.parse_args(argv)
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
     for name in ("batch_size", "micro_tokens", "logging_steps", "save_steps", "save_total_limit"):
         if getattr(args, name) < 1:
@@ -314,10 +317,6 @@ def main(argv=None) -> None:
             dist.barrier()
         args.model_name_or_path = base_model()
         args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else "points")
-        if args.learning_rate is None:
-            args.learning_rate = WORLD_LEARNING_RATE
-    if args.learning_rate is None:
-        args.learning_rate = 1e-5
     model, reference, trees, batches, tokenizer = prepare(args, rank, device)
     flags = vars(args) | {"dataset_sha256": sha256(args.dataset)}
     if rank == 0:

@@ -29,7 +29,11 @@ from data import run_cli
 from data import VICUNA_SYSTEM
 from model import Llama, LlamaConfig, save_llama
 
-WORLD_LEARNING_RATE = 3e-3      # of adapters on the world's base model, width 128
+# train.py's defaults on the world. Its rewards span 8 nats, so beta = 0.1 would ask for log-ratios of
+# 80; its model is 128 wide, so adapters sit on every layer and learn fast.
+WORLD_FLAGS = {"beta": 0.5, "learning_rate": 3e-3, "num_train_epochs": 2.0, "batch_size": 32,
+               "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                       "up_proj", "down_proj"]}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- the language -------------------------------------------------------------------------------

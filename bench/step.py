@@ -139,7 +139,6 @@ def ours(folder: Path, method: str, precision: str) -> Callable[[], float]:
     from step import METHODS, adapters_off, backward_batch, batch_counts
     from trees import Tree
 
-    torch.set_flush_denormal(True)                                        # as train.py does
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = load_adapter(load_llama(str(folder), dtype), str(folder / "adapter"))
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -238,6 +238,7 @@ FLAGS = {      # flags, words of the sentence
     "epochs 0": ("--num_train_epochs 0", "num_train_epochs"),
     "epochs -1": ("--num_train_epochs -1", "num_train_epochs"),
     "epochs nan": ("--num_train_epochs nan", "num_train_epochs"),
+    "epochs inf": ("--num_train_epochs inf", "num_train_epochs"),
     "no step": ("--num_train_epochs 0.01", "num_train_epochs"),
     "held out -0.1": ("--held_out -0.1", "held_out"),
     "held out 1.5": ("--held_out 1.5", "held_out"),

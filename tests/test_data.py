@@ -350,14 +350,17 @@ def test_a_prompt_is_on_one_side_of_the_split(tmp_path):
 
 
 def test_the_command_shows_prompt_response_and_eos(tmp_path, tiny_tokenizer):
-    # What a reader runs first; scores, token counts and where each row comes from.
-    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR] * 5)
+    # What a reader runs first; scores, token counts and where each row comes from. In the last row
+    # shown two Assistant turns follow each other: the second is asked for as well.
+    twice = {"chosen": ASK + YES + YES, "rejected": ASK + YES + NO}
+    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, PAIR, twice, PAIR, PAIR])
     run = subprocess.run([sys.executable, "data.py", path, "--show", "3", "--tokenizer",
                           tiny_tokenizer], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     assert (run.returncode, run.stderr) == (0, "")
     assert f"{path}: 5 rows, 5 records with 10 responses" in run.stdout
-    assert run.stdout.count("USER: Why? ASSISTANT:\n") == 3
+    assert run.stdout.count("USER: Why? ASSISTANT:\n") == 2
+    assert run.stdout.count("USER: Why? ASSISTANT: Because.</s>ASSISTANT:\n") == 1
     assert run.stdout.count("]  Because.</s>\n") == run.stdout.count("]  No idea.</s>\n") == 3
     prompt_ids, response_ids = encode_dialogue(
         Tokenizer(tiny_tokenizer), [("Human", "Why?"), ("Assistant", "Because.")])

@@ -36,6 +36,7 @@ def test_template_bytes_are_fastchats():
     turns = [("Human", "Hello!"), ("Assistant", "Hi!"), ("Human", "How are you?"), ASK]
     text = "</s>".join(render_dialogue(turns))
     assert text == (VICUNA_SYSTEM + " USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT:")
+    assert render_dialogue(turns) == render_dialogue(turns[:-1])       # a last Human turn asks too
     assert len(VICUNA_SYSTEM.encode()) == 154
     assert hashlib.sha256(text.encode()).hexdigest() == (
         "7a0b861c844f5b4926c2f381dba25c591040a3da0761f2b1acb12d8d0cb52242")
