@@ -35,7 +35,7 @@ TOKENIZER ?= ../shared/data/llama2_tokenizer/tokenizer.model
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) \
-	  --out bench/results/step.json
+	  --precision fp32 --out bench/results/step.json
 
 clean:
 	rm -rf .venv .venv-bench runs

@@ -63,12 +63,13 @@ def read_rows(path: str):
     else:
         rows = ((f"{path}:{number}", _json(line, f"{path}:{number}"))
                 for number, line in enumerate(raw.split(b"\n"), 1) if line.strip())
-    count = 0
-    for count, (where, row) in enumerate(rows, 1):
+    found = False
+    for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with keys, got {str(row)[:80]!r}")
+        found = True
         yield where, row
-    if count == 0:
+    if not found:
         raise ValueError(f"{path}: no rows")
 
 

@@ -130,7 +130,8 @@ def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
             generator = torch.Generator().manual_seed(seed)
             probs = with_rest(logps[number]).exp()
             drawn = int(torch.multinomial(probs, 1, generator=generator))
-            text, reward, bad, _ = (*lists[number], ("(not a valid answer)", 0.0, False, 0))[drawn]
+            worst = min(reward for _, reward, *_ in lists[number])
+            text, reward, bad, _ = (*lists[number], ("(not a valid answer)", worst, False, 0))[drawn]
             print(f"  {name:14} r* {reward:+.1f} {'HARMFUL ' if bad else '        '} {text}")
 
 

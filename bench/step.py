@@ -49,7 +49,7 @@ MODEL = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 8, "intermediate_size": 1408, "vocab_size": 32000}
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-4, 1.0            # but for the rate, TRL's defaults
-MICRO_TOKENS = 8192                                            # train.py's default
+MICRO_TOKENS = 1024                                            # train.py --micro_tokens
 
 
 def hh_pairs(dataset: str, tokenizer: str, n: int) -> list[dict]:
