@@ -137,7 +137,8 @@ def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
 
 
 def load_adapter(model: nn.Module, path: str) -> nn.Module:
-    """Put the adapter of a PEFT folder on `model` (or into the adapters it has); dropout is 0.
+    """Put the adapter of a PEFT folder on `model`, without dropout; or into the adapters it has,
+    whose dropout stays (a resumed run must go on with its own).
 
     raises  ValueError listing every missing, unexpected and mis-shaped tensor, and for a config
             that is not plain LoRA
@@ -177,5 +178,5 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
         for name, tensor in expected.items():
             tensor.copy_(weights.get_tensor(name))
     for layer in lora_layers(model).values():
-        layer.scaling, layer.dropout = config["lora_alpha"] / config["r"], 0.0
+        layer.scaling = config["lora_alpha"] / config["r"]
     return model
