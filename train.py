@@ -189,6 +189,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Defaults behind every flag, and the file's header as it is written."""
 
 
+def check_flags(args) -> None:
+    """Raise ValueError, naming the flag, for values that no run can mean."""
+    for name in ("batch_size", "micro_tokens", "logging_steps", "save_steps", "save_total_limit"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    ranges = {"held_out": (0, 1), "lora_dropout": (0, 1), "learning_rate": (0, math.inf),
+              "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
+              "num_train_epochs": (0, math.inf), "beta": (0, math.inf), "lora_alpha": (0, math.inf),
+              "max_grad_norm": (0, math.inf), "log_z": (-math.inf, math.inf)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ValueError(f"--{name} {value} must be a number in [{low}, {high}]")
+    if bool(args.dataset) != bool(args.model_name_or_path):
+        raise ValueError("--dataset and --model_name_or_path go together (leave out both for the "
+                         "embedded world)")
+    if args.bf16 and args.lora_r == 0:
+        raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
+                         "weights in float32")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=(
         "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
@@ -238,23 +259,7 @@ def parse_args(argv=None):
         parser.set_defaults(**WORLD_FLAGS)               # the flags that were given still win
         args = parser.parse_args(argv)
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
-    for name in ("batch_size", "micro_tokens", "logging_steps", "save_steps", "save_total_limit"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    ranges = {"held_out": (0, 1), "lora_dropout": (0, 1), "learning_rate": (0, math.inf),
-              "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
-              "num_train_epochs": (0, math.inf), "beta": (0, math.inf), "lora_alpha": (0, math.inf),
-              "max_grad_norm": (0, math.inf), "log_z": (-math.inf, math.inf)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"--{name} {value} must be a number in [{low}, {high}]")
-    if bool(args.dataset) != bool(args.model_name_or_path):
-        raise ValueError("--dataset and --model_name_or_path go together (leave out both for the "
-                         "embedded world)")
-    if args.bf16 and args.lora_r == 0:
-        raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
-                         "weights in float32")
+    check_flags(args)
     return args
 
 
