@@ -85,13 +85,14 @@ def frozen_copy(model):
 # ---- one micro-batch ----------------------------------------------------------------------------
 
 def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
-                   mean: bool = False) -> tuple[Tensor, Tensor]:
+                   mean: bool = False, linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
     """log π(y | x) and log π_ref(y | x) of every response of a stream: [R] each, float32, nats.
 
     model             the policy
     reference         context manager inside which it gives the model to use as reference
     reference_stream  the same trees with only the responses that need a reference (others get 0)
     mean              length averages, as in the authors' code
+    linear_logps      which of kernels/ computes them
     """
     hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
     hidden, head = hidden.index_select(0, stream.predict_from), model.lm_head.weight     # [N, D]
@@ -164,7 +165,7 @@ def metric_sums(policy_logps: Tensor, reference_logps: Tensor, stream: Stream, b
 
 def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], counts: dict, *,
                    beta: float, log_z: float, mean_logps: bool, reduction: str, micro_tokens: int,
-                   device="cpu") -> Tensor:
+                   device="cpu", linear_logps=linear_logps) -> Tensor:
     """Accumulate the gradient of this rank's share of a batch; returns [loss, tokens, *METRICS].
 
     trees    this rank's; counts, of the whole batch (see `loss_weights`)
@@ -175,8 +176,8 @@ def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], c
         stream = build_stream(group, device)
         reference_stream = (stream if method.reference == "all"
                             else build_stream(group, device, needs_reference))
-        policy_logps, reference_logps = sequence_logps(model, reference, stream, reference_stream,
-                                                       mean_logps)                # [R], [R]
+        policy_logps, reference_logps = sequence_logps(                          # [R], [R]
+            model, reference, stream, reference_stream, mean_logps, linear_logps)
         losses = method.loss(policy_logps, reference_logps, stream, beta, log_z)  # [R] or [P]
         loss = (losses * loss_weights(stream.scores, stream.pairs, counts, reduction,
                                       method.uses)).sum()

@@ -32,6 +32,7 @@ from torch import Tensor
 from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
                         save_checkpoint, save_weights, sha256, trainable, write_folder)
 from data import Tokenizer, print_counts, read_dataset, run_cli, split_by_prompt
+from kernels import choose_linear_logps
 from lora import add_lora
 from model import Llama, load_llama
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
@@ -132,7 +133,8 @@ def train(args, model: Llama, reference, trees: list[Tree], batches: list[list[i
         totals = backward_batch(
             model, reference, method, shard(batch, world_size)[rank], batch_counts(batch),
             beta=args.beta, log_z=args.log_z, mean_logps=args.logp_reduction == "mean",
-            reduction=args.reduction, micro_tokens=args.micro_tokens, device=device)
+            reduction=args.reduction, micro_tokens=args.micro_tokens, device=device,
+            linear_logps=choose_linear_logps(args.kernels, device.type))
         extras = torch.cat([totals, totals.new_tensor([stop.signal])])
         *totals, stop_signal = all_reduce_sum_(parameters, extras).tolist()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
@@ -250,6 +252,8 @@ def parse_args(argv=None):
     flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
     flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
     flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
+    flag("--kernels", choices=("auto", "triton", "torch"), default="auto",
+         help="log-probs by the Triton kernel or plain torch; auto: Triton on a GPU")
     flag = parser.add_argument_group("logging and saving").add_argument
     flag("--logging_steps", type=int, default=10, help="steps per logged line")
     flag("--save_steps", type=int, default=100, help="steps per checkpoint")
@@ -315,6 +319,7 @@ def main(argv=None) -> None:
     # Squared gradients of never-seen tokens sink below 1e-38; a CPU then works up to 20 times slower.
     torch.set_flush_denormal(True)
     rank, world_size, device = set_up_processes()
+    choose_linear_logps(args.kernels, device.type)           # refuses, or says so, before the start
     if args.dataset is None:
         if rank == 0:
             ensure_world()

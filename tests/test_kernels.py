@@ -1,5 +1,7 @@
 """linear_logps: as exact as its dtype allows, no [N, V] tensor, bad input refused by name."""
+import gc
 import math
+import os
 
 import pytest
 import torch
@@ -7,10 +9,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_logps, linear_logps_torch
+from kernels import linear_logps_torch, linear_logps_triton
+from kernels.linear_logps import logp_rows_triton_
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-each_device = pytest.mark.parametrize("device", DEVICES)
+# Triton's interpreter runs the kernel on a CPU. It must be chosen before the kernel is defined, so
+# test_kernel_code.py runs this whole file once more with TRITON_INTERPRET=1.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+linear_logps = linear_logps_triton if INTERPRETED else linear_logps_torch
+PLACES = [(linear_logps, "cpu")]
+if torch.cuda.is_available():
+    PLACES += [(linear_logps_torch, "cuda")]
+    PLACES += [(linear_logps_triton, "cuda")] if not INTERPRETED else []
+each_place = pytest.mark.parametrize("linear_logps, device", PLACES,
+                                     ids=[f"{f.__name__}-{device}" for f, device in PLACES])
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, padding
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -64,6 +76,11 @@ def row_errors(values, truth):
     return (values.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
 
 
+def rounds_logits(linear_logps, device):
+    """bfloat16 rows: whether logits are rounded to bfloat16, as a GPU's product does."""
+    return linear_logps is linear_logps_triton or device != "cpu"
+
+
 # ---- error budget -------------------------------------------------------------------------------
 
 SHAPES = {                        # N, M, chunk_rows
@@ -79,10 +96,10 @@ SHAPES = {                        # N, M, chunk_rows
 }
 
 
-@each_device
+@each_place
 @each_dtype
 @pytest.mark.parametrize("n, m, chunk_rows", SHAPES.values(), ids=SHAPES)
-def test_logps_and_gradient_for_every_chunking(n, m, chunk_rows, dtype, device):
+def test_logps_and_gradient_for_every_chunking(linear_logps, n, m, chunk_rows, dtype, device):
     # float32: 1e-5 absolute, and 1e-5 of the gradient's length row by row, whatever its sign
     # upstream. bfloat16: no further from the truth than eager torch (+ 1e-5); the gradient is
     # rounded twice, as u and as g u, by up to 2^-8 = 4e-3 and some 2e-3 of a row's length: 6e-3.
@@ -107,15 +124,15 @@ def test_logps_and_gradient_for_every_chunking(n, m, chunk_rows, dtype, device):
     assert gradient.dtype == dtype and gradient.shape == hidden.shape
     truth = true_gradient(hidden, weight, labels, upstream)
     allowed = torch.full((n,), 1e-5 if dtype == torch.float32 else 6e-3, device=device)
-    if device != "cpu":           # a GPU rounds logits to bfloat16: what eager's gradient is off by
+    if rounds_logits(linear_logps, device):           # the softmax of rounded logits: as eager's
         eager = gradient_of(eager_logps(hidden, weight, labels), hidden, upstream)
         allowed = allowed + row_errors(eager, truth)
     assert (row_errors(gradient, truth) <= allowed).all()
 
 
-@each_device
+@each_place
 @each_dtype
-def test_logps_at_llama_vocabulary_and_large_logits(dtype, device):
+def test_logps_at_llama_vocabulary_and_large_logits(linear_logps, dtype, device):
     # V = 32000 and logits of spread 30, where eager bfloat16 is off by up to half a nat: its logits
     # are rounded to 8 bits. Ours must keep float32 logits: 1e-2 of that error at most on a CPU.
     n, m = 13, 6
@@ -132,14 +149,14 @@ def test_logps_at_llama_vocabulary_and_large_logits(dtype, device):
     eager_error = (eager_logps(rows, weight, all_labels).double() - truth).abs().max().item()
     # float32 itself rounds logits of 100 by 100 · 2^-24 · sqrt(48) terms: a few 1e-5
     assert error <= eager_error + 5e-5
-    if dtype == torch.bfloat16 and device == "cpu":
+    if dtype == torch.bfloat16 and not rounds_logits(linear_logps, device):
         assert eager_error > 0.05 and error < 1e-2 * eager_error
     upstream = torch.linspace(-1, 1, n, device=device)
     upstream[n // 2] = 0.5
     gradient = gradient_of(logps, hidden, upstream)
     truth = true_gradient(hidden, weight, labels, upstream)
     allowed = 5e-5 if dtype == torch.float32 else 6e-3
-    if device != "cpu":           # the softmax of rounded logits: what eager's is allowed
+    if rounds_logits(linear_logps, device):
         eager = gradient_of(eager_logps(hidden, weight, labels), hidden, upstream)
         allowed += row_errors(eager, truth).max().item()
     assert (row_errors(gradient, truth) <= allowed).all()
@@ -171,9 +188,9 @@ def test_extreme_logits_by_hand(dtype):
     assert gradient[1, 0].item() == -2 * top
 
 
-@each_device
+@each_place
 @each_dtype
-def test_gradient_of_confident_rows_does_not_cancel(dtype, device):
+def test_gradient_of_confident_rows_does_not_cancel(linear_logps, dtype, device):
     # p(label) = 1 - q with q about 1e-3: u = q W_label - ..., a small difference. Rounding softmax
     # to bfloat16 before onehot - softmax leaves 1 - 1 = 0 or 1 - 0.996: off by 100 % and more.
     width = 16
@@ -190,19 +207,41 @@ def test_gradient_of_confident_rows_does_not_cancel(dtype, device):
     assert (row_errors(gradient, truth) <= (2e-4 if dtype == torch.float32 else 6e-3)).all()
 
 
-@each_device
-def test_first_and_last_label(device):
-    # An off-by-one at either end of the vocabulary reads a neighbour's logit or out of bounds.
-    hidden, reference_hidden, weight, _, _ = make_rows(4, 2, vocab=33, device=device, seed=3)
+@each_place
+@pytest.mark.parametrize("vocab", [1, 16, 33, 4095, 4096, 4097, 8200])
+def test_first_and_last_label(linear_logps, vocab, device):
+    # An off-by-one at either end of the vocabulary reads a neighbour's logit or out of bounds; so
+    # may the end of a block of 4096 columns, or the columns that pad a row to a multiple of 16.
+    hidden, reference_hidden, weight, _, _ = make_rows(4, 2, vocab=vocab, device=device, seed=3)
     hidden.requires_grad_()
-    labels = torch.tensor([0, 32, 0, 32], device=device)
+    labels = torch.tensor([0, vocab - 1, 0, vocab - 1], device=device)
     logps, reference_logps = linear_logps(hidden, reference_hidden, weight, labels, labels[:2], 3)
     assert_close(logps.double(), true_logps(hidden, weight, labels), rtol=0, atol=1e-5)
     assert_close(reference_logps.double(), true_logps(reference_hidden, weight, labels[:2]),
                  rtol=0, atol=1e-5)
     upstream = torch.tensor([1.0, -1.0, -2.0, 2.0], device=device)
     truth = true_gradient(hidden, weight, labels, upstream)
-    assert (row_errors(gradient_of(logps, hidden, upstream), truth) <= 1e-5).all()
+    gradient = gradient_of(logps, hidden, upstream)
+    if vocab == 1:
+        assert gradient.abs().max() == 0                    # the only label is certain
+    else:
+        assert (row_errors(gradient, truth) <= 1e-5).all()
+
+
+@each_place
+def test_bfloat16_gradient_adds_rounding_only(linear_logps, device):
+    # Logits that bfloat16 holds exactly: one-hot rows read columns of W, multiples of 1/8 below 8.
+    # What is left is the rounding of onehot - softmax, of u and of g u, 2^-9 each: 6e-3 in all.
+    generator = torch.Generator().manual_seed(17)
+    weight = (torch.randint(-63, 64, (1000, 32), generator=generator) / 8).to(device,
+                                                                              torch.bfloat16)
+    hidden = torch.eye(32).to(device, torch.bfloat16).requires_grad_()
+    labels = torch.randint(1000, (32,), generator=generator).to(device)
+    logps, _ = linear_logps(hidden, hidden[:0].detach(), weight, labels, labels[:0], 10)
+    assert ((logps.double() - true_logps(hidden, weight, labels)).abs() <= 1e-5).all()
+    upstream = torch.randn(32, generator=generator).to(device)
+    truth = true_gradient(hidden, weight, labels, upstream)
+    assert (row_errors(gradient_of(logps, hidden, upstream), truth) <= 6e-3).all()
 
 
 def test_gradcheck():
@@ -218,8 +257,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(policy_logps, hidden, eps=1e-6, atol=1e-9, rtol=1e-7)
 
 
-# BUG in linear_logps.py: _LinearLogps.backward lacks @once_differentiable. Remove the mark with
-# the fix.
 def test_second_derivatives_are_refused_or_right():
     # u is kept as a constant, so a derivative of the gradient lacks du/dh: a gradient penalty's own
     # gradient is off by up to three times its size. Eager torch is the truth here.
@@ -240,11 +277,68 @@ def test_second_derivatives_are_refused_or_right():
     assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
+# ---- entropy and exact KL -----------------------------------------------------------------------
+
+def test_entropy_and_kl_by_hand():
+    # The head is the identity, so rows are logits. p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4):
+    # H(p) = 1.5 ln 2, KL(p || q) = 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2. Uniform: H = ln 3. Logits of
+    # +-1e4: p is certain, H = 0, and KL(p || uniform) = ln 3. Equal rows: KL = 0 exactly.
+    p = torch.tensor([[0.5, 0.25, 0.25], [1 / 3] * 3, [1 / 3] * 3]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25], [1 / 3] * 3, [0.2, 0.3, 0.5]]).log()
+    sure = torch.tensor([[1e4, -1e4, 0.0]])
+    p, q = torch.cat([p + 7, sure, sure]), torch.cat([q - 5, torch.zeros(1, 3), sure])
+    labels, weight = torch.zeros(5, dtype=torch.int64), torch.eye(3)
+    for chunk_rows in (1, 4, 100):
+        _, _, entropy, kl = linear_logps(p, q, weight, labels, labels, chunk_rows, entropy=True,
+                                         kl=True)
+        assert_close(entropy, torch.tensor([1.5 * math.log(2), math.log(3), math.log(3), 0, 0]),
+                     rtol=0, atol=1e-6)
+        uniform_to_q = -sum(math.log(3 * value) for value in (0.2, 0.3, 0.5)) / 3
+        assert_close(kl, torch.tensor([0.25 * math.log(2), 0, uniform_to_q, math.log(3), 0]),
+                     rtol=0, atol=1e-6)
+        assert kl[4] == 0
+
+
+@each_place
+@each_dtype
+@pytest.mark.parametrize("wanted", [{"entropy": True}, {"kl": True},
+                                    {"entropy": True, "kl": True}], ids=lambda wanted: "-".join(wanted))
+def test_entropy_and_kl_against_float64(linear_logps, wanted, dtype, device):
+    # 11 rows and their references, chunks of 4 + 4 rows, 4105 columns. They change neither the
+    # log-probs nor the gradient. bfloat16 logits of up to 12 are off by 2^-5 each: the entropy
+    # and the KL of nearby policies by far less, as each is flat where p is where it is.
+    hidden, _, weight, labels, _ = make_rows(11, 0, vocab=4105, dtype=dtype, device=device,
+                                             seed=30, scale=3.0)
+    near = (hidden.float() + 0.1 * torch.randn(
+        hidden.shape, generator=torch.Generator().manual_seed(31)).to(device)).to(dtype)
+    weight[-1] = near[0] / 10                # row 0 has its largest logit in the second block
+    hidden.requires_grad_()
+    logps, reference_logps, *extras = linear_logps(hidden, near, weight, labels, labels, 8,
+                                                   **wanted)
+    assert len(extras) == len(wanted) and not any(t.requires_grad for t in extras)
+    log_p, log_q = ((rows.detach().double() @ weight.double().T).log_softmax(-1)
+                    for rows in (hidden, near))
+    truths = {"entropy": -(log_p.exp() * log_p).sum(-1),
+              "kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
+    for name, ours in zip(wanted, extras, strict=True):
+        assert ours.shape == (11,) and ours.dtype == torch.float32
+        allowed = {"entropy": 0.02, "kl": 2e-3} if rounds_logits(linear_logps, device) and (
+            dtype == torch.bfloat16) else {"entropy": 1e-5, "kl": 1e-5}
+        assert ((ours.double() - truths[name]).abs() <= allowed[name]).all()
+    # (to the last bits: kl cuts other chunks, and a product's sums depend on its shape)
+    plain = linear_logps(hidden, near, weight, labels, labels, 8)
+    assert_close(plain, (logps, reference_logps), rtol=0, atol=1e-5)
+    ones = torch.ones(11, device=device)
+    errors = row_errors(gradient_of(plain[0], hidden, ones),
+                        gradient_of(logps, hidden, ones).double())
+    assert (errors <= (1e-5 if dtype == torch.float32 else 6e-3)).all()
+
+
 # ---- rows do not see each other -----------------------------------------------------------------
 
-@each_device
+@each_place
 @each_dtype
-def test_same_bits_twice(dtype, device):
+def test_same_bits_twice(linear_logps, dtype, device):
     # Nothing left over in the reused buffer, no sum whose order varies.
     rows = make_rows(37, 20, dtype=dtype, device=device, seed=5)
     rows[0].requires_grad_()
@@ -256,8 +350,29 @@ def test_same_bits_twice(dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@each_device
-def test_policy_and_reference_rows_are_independent(device):
+@each_place
+@each_dtype
+def test_no_result_depends_on_what_memory_held(linear_logps, dtype, device):
+    # Outputs and buffers are allocated without being cleared. Filled with NaN first (which torch
+    # does in its deterministic mode), every number must come out as before: 301 columns leave
+    # padding in a row of 304, 17 rows leave part of the buffer unused.
+    rows = make_rows(17, 17, dtype=dtype, device=device, seed=16)
+    rows[0].requires_grad_()
+    upstream = torch.ones(17, device=device)
+    clean = linear_logps(*rows, 8, True, True)
+    clean = *clean, gradient_of(clean[0], rows[0], upstream)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = linear_logps(*rows, 8, True, True)
+        poisoned = *poisoned, gradient_of(poisoned[0], rows[0], upstream)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+@each_place
+def test_policy_and_reference_rows_are_independent(linear_logps, device):
     # 11 + 6 rows in chunks of 4: rows 8..11 share a chunk. Other rows' hidden states and labels
     # must not move a bit of a row's log-prob or gradient.
     hidden, reference_hidden, weight, labels, reference_labels = make_rows(
@@ -384,15 +499,16 @@ class Recorder(TorchDispatchMode):
         return max(size for _, size in self.storages.values())
 
     def alive(self):
+        gc.collect()                       # Triton's interpreter leaves its arguments in a cycle
         return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
 def test_logits_of_all_rows_never_exist(trained_head):
-    # N = M = 600, V = 1000: [N, V] in float32 is 2.4 MB, a chunk of 50 rows 0.2 MB, the head
+    # N = M = 600, V = 1008: [N, V] in float32 is 2.4 MB, a chunk of 50 rows 0.2 MB, the head
     # 32 kB. Largest of all tensors in forward and backward: one chunk. Kept between the two: u, as
     # large as the hidden states; nothing of the chunks, whose logits a trained head forms again.
-    n, vocab, width, chunk_rows = 600, 1000, 8, 50
+    n, vocab, width, chunk_rows = 600, 1008, 8, 50
     rows = make_rows(n, n, width=width, vocab=vocab, seed=14)
     rows[0].requires_grad_()
     rows[2].requires_grad_(trained_head)
@@ -406,15 +522,17 @@ def test_logits_of_all_rows_never_exist(trained_head):
 
 
 def test_one_buffer_serves_every_chunk():
-    # Frozen head: [chunk, V] is created once, not per chunk, and bfloat16 rows do not keep the
-    # float32 copy of the head after the forward.
-    n, vocab, width, chunk_rows = 96, 500, 8, 16
+    # Frozen head: [chunk, V] is created once, not per chunk, in float32 by the twin and in the
+    # rows' type for the kernel; the twin's float32 copy of the head does not outlive the forward.
+    n, vocab, width, chunk_rows = 96, 512, 8, 16
     rows = make_rows(n, 0, width=width, vocab=vocab, dtype=torch.bfloat16, seed=15)
     rows[0].requires_grad_()
     with Recorder(rows) as recorder:
         logps, _ = linear_logps(*rows, chunk_rows)
     sizes = [size for _, size in recorder.storages.values()]
-    assert sizes.count(4 * chunk_rows * vocab) == 1
+    itemsize = 2 if INTERPRETED else 4
+    assert sizes.count(itemsize * chunk_rows * vocab) == 1
+    assert max(sizes) == itemsize * chunk_rows * vocab
     assert recorder.alive() <= 2 * n * width + 4 * n                      # u and the log-probs
     assert logps.requires_grad
 
@@ -438,23 +556,57 @@ REFUSALS = {                      # which argument becomes what, and the error's
     "labels of another dtype": (3, torch.zeros(3, dtype=torch.int32),
                                 r"policy_labels is \[3\] torch.int32; expected \[3\] int64"),
     "labels not a vector": (3, torch.zeros(3, 1, dtype=torch.int64), r"policy_labels is \[3, 1\]"),
+    "transposed weight": (2, torch.zeros(4, 7).T, r"weight is \[7, 4\] with strides \[1, 7\]; "
+                                                  r"expected a contiguous \[V, D\]"),
     "label past the vocabulary": (3, torch.tensor([0, 6, 7]),
                                   r"policy_labels span 0\.\.7; the head has 7 rows"),
     "ignored label": (4, torch.tensor([-100, 6]), r"reference_labels span -100\.\.6; the head has"),
 }
 
 
-@pytest.mark.parametrize("function", {linear_logps, linear_logps_torch})
 @pytest.mark.parametrize("position, value, message", REFUSALS.values(), ids=REFUSALS)
-def test_bad_input_is_refused_by_name(function, position, value, message):
+def test_bad_input_is_refused_by_name(position, value, message):
     # 3 policy rows, 2 reference rows, D = 4, V = 7; one argument wrong at a time. A label of -100
     # would otherwise gather from the end of the row or crash without a name.
     arguments = [torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(7, 4),
                  torch.tensor([0, 6, 3]), torch.tensor([6, 0])]
-    function(*arguments)                                       # fits as it is
+    linear_logps(*arguments)                                   # fits as it is
     arguments[position] = value
     with pytest.raises(ValueError, match=message):
-        function(*arguments)
+        linear_logps(*arguments)
     arguments[2] = arguments[2].clone().requires_grad_()       # nor does a trained head take it
     with pytest.raises(ValueError, match=message):
-        function(*arguments)
+        linear_logps(*arguments)
+
+
+def test_options_that_do_not_fit_are_refused_by_name():
+    # KL needs both models at every position; a trained head forms its logits elsewhere.
+    rows = [torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(7, 4),
+            torch.tensor([0, 6, 3]), torch.tensor([6, 0])]
+    with pytest.raises(ValueError, match="kl compares row by row: policy_hidden has 3 rows, "
+                                         "reference_hidden 2"):
+        linear_logps(*rows, kl=True)
+    with pytest.raises(ValueError, match="chunk_rows is 0; expected at least 1"):
+        linear_logps(*rows, 0)
+    integers = [t.long() for t in rows]
+    with pytest.raises(ValueError, match="weight is torch.int64; they must be the same floating"):
+        linear_logps(*integers)
+    rows[2].requires_grad_()
+    with pytest.raises(ValueError, match="entropy and kl need a frozen weight"):
+        linear_logps(*rows, entropy=True)
+    with torch.no_grad():
+        assert len(linear_logps(*rows, entropy=True)) == 3
+
+
+if INTERPRETED or torch.cuda.is_available():
+    @pytest.mark.parametrize("device", ["cpu" if INTERPRETED else "cuda"])
+    def test_the_kernel_answers_nan_to_a_label_outside_the_vocabulary(device):
+        # On a GPU nobody looks at the labels first, that would wait for the device. The kernel must
+        # not read a neighbour's logit or foreign memory; its neighbours' rows stay right.
+        logits = torch.zeros(4, 16, device=device)
+        logps = torch.empty(4, device=device)
+        labels = torch.tensor([3, -1, 16, 2 ** 40], device=device)
+        logp_rows_triton_(logits, labels, 2, logps, None, None, True)
+        assert logps.isnan().tolist() == [False, True, True, True]
+        assert_close(logps[0].item(), -math.log(16))
+        assert_close(logits[0, 3].item(), 15 / 16)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import linear_logps
 from lora import add_lora
 from model import Llama, LlamaConfig
 from step import METHODS, adapters_off, backward_batch, batch_counts
@@ -63,13 +64,14 @@ def usable(trees, uses):
 
 
 def gradient(trees, name, shares=None, micro_tokens=8192, reduction="mean", mean_logps=False,
-             dtype=torch.float64):
+             dtype=torch.float64, linear_logps=linear_logps):
     """(loss, flat gradient) of one batch, its trees dealt to `shares` ranks played in turn."""
     model = make_model(dtype)
     for share in shares or [trees]:
         total = backward_batch(model, partial(adapters_off, model), METHODS[name], share,
                                batch_counts(trees), beta=0.3, log_z=0.2, mean_logps=mean_logps,
-                               reduction=reduction, micro_tokens=micro_tokens)
+                               reduction=reduction, micro_tokens=micro_tokens,
+                               linear_logps=linear_logps)
         loss = total[0] if share is (shares or [trees])[0] else loss + total[0]
     return float(loss), torch.cat([p.grad.flatten() for p in trainable(model).values()])
 
@@ -213,20 +215,14 @@ def test_gloo_ranks_with_skewed_classes_give_the_gradient_of_one_process(tmp_pat
 
 def test_no_gradient_reaches_the_reference_and_ulma_runs_it_on_negatives_only():
     # Count the rows the head sees: policy rows of all responses, reference rows of z < 1 only.
-    import step
     seen = []
-    original = step.linear_logps
 
     def spy(policy_hidden, reference_hidden, *rest):
         seen.append((len(policy_hidden), len(reference_hidden), reference_hidden.requires_grad))
-        return original(policy_hidden, reference_hidden, *rest)
+        return linear_logps(policy_hidden, reference_hidden, *rest)
 
-    step.linear_logps = spy
-    try:
-        trees = make_trees()
-        gradient(trees, "ulma")
-    finally:
-        step.linear_logps = original
+    trees = make_trees()
+    gradient(trees, "ulma", linear_logps=spy)
     count = [(len(ids), z) for tree in trees for ids, z in zip(tree.response_ids, tree.scores)]
     assert seen == [(sum(n for n, _ in count), sum(n for n, z in count if z < 1), False)]
 

@@ -1,0 +1,182 @@
+"""The Triton kernel without a GPU: run by the interpreter, compiled for GPUs, missing or broken."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import choose_linear_logps, linear_logps_torch, linear_logps_triton
+from kernels import linear_logps as linear_logps_default
+
+kernel_file = sys.modules["kernels.linear_logps"]
+ROOT = Path(__file__).parents[1]
+triton = pytest.importorskip("triton")
+
+
+def test_every_kernel_test_passes_in_the_interpreter():
+    # tests/test_kernels.py once more, its functions being the Triton kernel's: the interpreter must
+    # be chosen before the kernel is defined, hence another process.
+    run = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider",
+                          str(ROOT / "tests/test_kernels.py")], cwd=ROOT, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"= \d+ passed in", run.stdout), run.stdout               # and none skipped
+
+
+# ---- compiled ahead of time ---------------------------------------------------------------------
+
+def compile_kernel(target, dtype, vocab, error, extras):
+    """The compiled kernel as the wrapper would launch it: aligned pointers and row stride."""
+    from triton.compiler import ASTSource
+    kernel = kernel_file._logp_rows
+    padded = -(-vocab // 16) * 16
+    signature = {"logits": f"*{dtype}", "labels": "*i64", "logps": "*fp32", "entropy": "*fp32",
+                 "kl": "*fp32", "num_policy": "i32", "row_stride": "i32"}
+    constants = {"V": vocab, "PADDED_V": padded, "BLOCK_V": kernel_file.BLOCK_V,
+                 "WANT_ERROR": error, "WANT_ENTROPY": extras, "WANT_KL": extras}
+    if not extras:
+        constants |= {"entropy": None, "kl": None}
+    order = [p.name for p in kernel.params]
+    signature = {name: "constexpr" if name in constants else signature[name] for name in order}
+    aligned = {(order.index(name),): [["tt.divisibility", 16]] for name in order
+               if name not in constants and name != "num_policy"}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options={"num_warps": 8})
+
+
+def cuda_resources(compiled, tmp_path) -> dict:
+    """Registers, spilled bytes, shared memory and 128-bit accesses of a cubin."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage, code = (subprocess.run([tool, flag, file], capture_output=True, text=True,
+                                  check=True).stdout for flag in ("-res-usage", "-sass"))
+    numbers = {key: int(re.search(rf"{key}:(\d+)", usage)[1])
+               for key in ("REG", "STACK", "LOCAL", "SHARED")}
+    return {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"],
+            "shared": max(numbers["SHARED"], compiled.metadata.shared),
+            "spill code": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+            "wide loads": code.count("LDG.E.128"), "wide stores": code.count("STG.E.128")}
+
+
+def amd_resources(compiled) -> dict:
+    code = compiled.asm["amdgcn"]
+    numbers = {key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1])
+               for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
+    return {"registers": numbers["vgpr_count"],
+            "spilled": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
+            "shared": compiled.metadata.shared, "spill code": len(re.findall("scratch_", code)),
+            "wide loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+            "wide stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code))}
+
+
+# 8 warps share 65,536 registers with their neighbours: five programs fit an SM up to 51 of them,
+# three up to 80. Rows of 32001 (a model with an added token) must be read as fast as rows of 32000.
+KERNELS = {                       # dtype, V, onehot - softmax?, entropy and KL?, registers at most
+    "training, bf16": ("bf16", 32000, True, False, 51),
+    "training, bf16, odd V": ("bf16", 32001, True, False, 51),
+    "training, fp32": ("fp32", 32000, True, False, 51),
+    "reference, bf16": ("bf16", 32000, False, False, 51),
+    "evaluation, bf16": ("bf16", 32000, False, True, 80),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiled_kernel_has_no_spills_and_wide_accesses(name, arch, tmp_path, monkeypatch,
+                                                         capsys):
+    # What an A100, an H100 and an MI300 would run, from Triton's own compiler and assembler.
+    from triton.backends.compiler import GPUTarget
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    dtype, vocab, error, extras, registers = KERNELS[name]
+    on_amd = arch == "gfx942"
+    target = GPUTarget("hip", arch, 64) if on_amd else GPUTarget("cuda", int(arch[3:]), 32)
+    compiled = compile_kernel(target, dtype, vocab, error, extras)
+    found = amd_resources(compiled) if on_amd else cuda_resources(compiled, tmp_path)
+    with capsys.disabled():
+        print(f"\n{arch:6} {name:22}", ", ".join(f"{key} {value}" for key, value in found.items()),
+              end="")
+    assert found["spilled"] == found["spill code"] == 0
+    assert found["registers"] <= registers
+    assert found["shared"] <= 2048
+    # one row read for the log-sum-exp, one for the rest (two for KL's second model)
+    assert found["wide loads"] >= (1 + (error or extras)) * (2 if extras else 1)
+    assert (found["wide stores"] > 0) == error
+
+
+# ---- missing, broken, or asked for in vain ------------------------------------------------------
+
+def small_rows():
+    return (torch.ones(2, 4), torch.ones(1, 4), torch.eye(5, 4), torch.tensor([0, 4]),
+            torch.tensor([3]))
+
+
+def test_a_cpu_gets_plain_torch_without_a_word(capsys):
+    # Nothing is amiss on a CPU: the default there is the specification.
+    assert choose_linear_logps("auto", "cpu") is linear_logps_torch
+    assert choose_linear_logps("torch", "cuda") is linear_logps_torch
+    for ours, expected in zip(linear_logps_default(*small_rows()),
+                              linear_logps_torch(*small_rows()), strict=True):
+        assert torch.equal(ours, expected)
+    assert capsys.readouterr().out == ""
+
+
+def test_triton_asked_for_on_a_cpu_is_refused():
+    # It would end deep in a driver: "0 active drivers".
+    with pytest.raises(ValueError, match="Triton needs a GPU"):
+        linear_logps_triton(*small_rows())
+    with pytest.raises(ValueError, match="asked for and cannot run: .* Triton needs a GPU"):
+        choose_linear_logps("triton", "cpu")
+
+
+def test_a_broken_triton_is_one_line_for_the_default_and_an_error_when_asked(monkeypatch, capsys):
+    # The trial launch fails (no compiler, no driver, another numpy): one line however often the
+    # function is called, and the same reason in the error.
+    def broken(*arguments):
+        raise OSError("ptxas: not found\nand more")
+    monkeypatch.setattr(kernel_file, "logp_rows_triton_", broken)
+    monkeypatch.setattr(kernel_file, "_logp_rows", object())           # as if it could run here
+    kernel_file.triton_problem.cache_clear()
+    choose_linear_logps.cache_clear()
+    try:
+        reason = "a trial launch failed (OSError: ptxas: not found)"
+        assert kernel_file.triton_problem("cpu") == reason
+        monkeypatch.setattr(kernel_file, "triton_problem", lambda device_type: reason)
+        for _ in range(3):
+            assert choose_linear_logps("auto", "cuda") is linear_logps_torch
+        assert capsys.readouterr().out == f"log-probs by plain torch, the slower way: {reason}\n"
+        with pytest.raises(ValueError, match=r"asked for and cannot run: a trial launch failed"):
+            choose_linear_logps("triton", "cuda")
+    finally:
+        choose_linear_logps.cache_clear()
+
+
+def test_a_kernel_that_gives_wrong_numbers_is_not_used(monkeypatch):
+    # The trial's answer is known, log 16: a launch that does nothing does not pass.
+    monkeypatch.setattr(kernel_file, "logp_rows_triton_",
+                        lambda logits, labels, num_policy, logps, *rest: logps.fill_(-1))
+    monkeypatch.setattr(kernel_file, "_logp_rows", object())
+    kernel_file.triton_problem.cache_clear()
+    try:
+        assert kernel_file.triton_problem("cpu") == "a trial of 16 equal logits gave -1.0, not -log 16"
+    finally:
+        kernel_file.triton_problem.cache_clear()
+
+
+def test_without_triton_the_module_still_works(tmp_path):
+    # A machine with no Triton (macOS, say): the import succeeds, torch runs, the request says why.
+    (tmp_path / "triton.py").write_text("raise ImportError('no wheel for this machine')\n")
+    code = ("import torch; from kernels import linear_logps, linear_logps_triton\n"
+            "rows = (torch.ones(2, 4), torch.ones(1, 4), torch.eye(5, 4), torch.tensor([0, 4]),\n"
+            "        torch.tensor([3]))\n"
+            "print(linear_logps(*rows)[0].shape)\n"
+            "try:\n    linear_logps_triton(*rows)\n"
+            "except ValueError as error:\n    print(error)\n")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert run.stdout.splitlines() == [
+        "torch.Size([2])", "linear_logps_triton cannot run: Triton cannot be imported "
+        "(ImportError: no wheel for this machine)"], run.stderr
