@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora import adapter_tensors, load_adapter, save_adapter
-from model import load_llama, read_json, save_llama
+from model import load_llama, save_llama
+from weights import read_json
 
 
 def sha256(path: str) -> str:

@@ -19,10 +19,11 @@ from torch import Tensor
 from data import Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
 from kernels import linear_logps
 from lora import load_adapter, lora_disabled
-from model import Llama, load_llama, read_json
+from model import Llama, load_llama
 from step import adapters_off, frozen_copy, sequence_logps
 from trees import Tree, build_stream, make_trees, pack
 from ulma import response_logps
+from weights import read_json
 from world import answers, base_model, held_out_prompts, question
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Linear, linear, open_safetensors, read_json
+from model import Linear, linear
+from weights import misfits, read_files, read_json
 
 PREFIX = "base_model.model."        # PEFT wraps the model twice
 
@@ -160,23 +161,14 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
         targets = config["target_modules"]
         add_lora(model, config["r"], config["lora_alpha"], 0.0,
                  [targets] if isinstance(targets, str) else targets)
-    expected, problems = adapter_tensors(model), []
+    expected = adapter_tensors(model)
     file = os.path.join(path, "adapter_model.safetensors")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such file")
-    with open_safetensors(file) as weights:
-        for name in weights.keys():
-            shape = list(weights.get_slice(name).get_shape())
-            if name not in expected:
-                problems.append(f"unexpected {name} {shape}")
-            elif shape != list(expected[name].shape):
-                problems.append(f"{name} is {shape}, expected {list(expected[name].shape)}")
-        missing = set(expected) - set(weights.keys())
-        problems += [f"missing {name}" for name in sorted(missing)]
-        if problems:
-            raise ValueError(f"{file}: does not fit the model: " + "; ".join(problems))
-        for name, tensor in expected.items():
-            tensor.copy_(weights.get_tensor(name))
+    if problems := misfits([file], {name: t.shape for name, t in expected.items()}):
+        raise ValueError(f"{file}: does not fit the model: " + "; ".join(problems))
+    for name, tensor in read_files([file]):
+        expected[name].copy_(tensor)
     for layer in lora_layers(model).values():
         layer.scaling = config["lora_alpha"] / config["r"]
     return model

@@ -19,12 +19,11 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from weights import SHARD_BYTES, misfits, read_files, read_json, weight_files, write_weights
+
 BLOCK_TOKENS = 256      # small trees share one attention block up to this size
-SHARD_BYTES = 5_000_000_000
 
 
 # ---- configuration ------------------------------------------------------------------------------
@@ -49,75 +48,95 @@ class LlamaConfig:
     def __post_init__(self):
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        problems = []
         for field in fields(self):
-            value, kind = getattr(self, field.name), (int, float) if field.type is float else int
-            if not (field.type is bool or field.name.endswith("_id")
-                    or (isinstance(value, kind) and value > 0)):
-                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of "
-                             f"num_attention_heads {self.num_attention_heads}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple "
-                             f"of num_key_value_heads {self.num_key_value_heads}")
+            value, kind = getattr(self, field.name), {bool: bool, float: (int, float)}
+            free = field.type is bool or field.name.endswith("_id")              # may be 0
+            if not (isinstance(value, kind.get(field.type, int)) and (free or value > 0)):
+                wanted = "a positive number" if not free else field.type.__name__
+                problems.append(f"{field.name} is {value!r}; expected {wanted}")
+        if not problems and self.hidden_size % (2 * self.num_attention_heads):
+            problems.append(f"hidden_size {self.hidden_size} is not an even multiple of "
+                            f"num_attention_heads {self.num_attention_heads}")
+        if not problems and self.num_attention_heads % self.num_key_value_heads:
+            problems.append(f"num_attention_heads {self.num_attention_heads} is not a multiple "
+                            f"of num_key_value_heads {self.num_key_value_heads}")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
-# Keys of config.json that change no number here, and keys accepted with this value only.
+# Keys of config.json that change no number, keys read apart, keys accepted with this value only.
 INERT_KEYS = {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache",
               "pad_token_id", "initializer_range", "_name_or_path", "pretraining_tp",
-              "max_sequence_length", "rope_parameters", "rope_scaling", "_attn_implementation"}
+              "max_sequence_length", "_attn_implementation"}
+READ_APART = {"rope_scaling", "rope_parameters", "head_dim"}
 FIXED_KEYS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
               "mlp_bias": False, "attention_dropout": 0.0}
 
 
-def read_json(file: str) -> dict:
-    """The JSON object in a file; raises ValueError with its name."""
-    with open(file, encoding="utf-8") as stream:
-        try:
-            value = json.load(stream)
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return value
+def read_rope(raw: dict, problems_: list[str]) -> dict[str, float]:
+    """rope_theta and rope_factor of config.json; what is not supported is added to problems_.
+
+    transformers 4 writes rope_theta and rope_scaling {type, factor}, transformers 5 rope_parameters
+    {rope_type, rope_theta, factor}; both may be there if they agree.
+    """
+    values = {"rope_theta": [raw["rope_theta"]] if "rope_theta" in raw else [], "rope_factor": []}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict):
+            problems_.append(f"{key} = {rope!r} (expected an object)")
+            continue
+        rope = {name: value for name, value in rope.items() if value is not None}
+        kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+        unknown = sorted(set(rope) - {"rope_type", "type", "factor", "rope_theta"})
+        if kind not in ("default", "linear"):
+            problems_.append(f"{key} type {kind!r} (supported: linear)")
+        elif unknown:
+            problems_.append(f"{key} has {', '.join(unknown)} (unknown to this code)")
+        elif kind == "linear" and not isinstance(factor, (int, float)):
+            problems_.append(f"{key} is linear with factor {factor!r} (expected a number)")
+        elif rope:
+            values["rope_theta"] += [rope["rope_theta"]] if "rope_theta" in rope else []
+            values["rope_factor"] += [float(factor) if kind == "linear" else 1.0]
+    for name, found in values.items():
+        if any(value != found[0] for value in found):
+            problems_.append(f"{name} is given as {' and as '.join(map(str, found))}")
+    return {name: found[0] for name, found in values.items() if found}
 
 
 def read_config(path: str) -> LlamaConfig:
-    """LlamaConfig of a Hugging Face folder; raises ValueError naming what is not supported."""
+    """LlamaConfig of a Hugging Face folder; raises ValueError naming all that is not supported."""
     file = os.path.join(path, "config.json")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such file (a Hugging Face model folder has one)")
-    raw = read_json(file)
-    known = {field.name for field in fields(LlamaConfig)} - {"rope_factor"}
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or rope
-    if not isinstance(scaling, dict):
-        raise ValueError(f"{file}: rope_scaling is {scaling!r}; expected an object")
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    problems = []
-    if rope_type not in ("default", "linear"):
-        problems.append(f"rope_scaling type {rope_type!r} (supported: linear)")
+    raw = {key: value for key, value in read_json(file).items() if value is not None}
+    # what transformers takes where a file says nothing; Llama-2's says 4096 and 1e-5 itself
+    values = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    known, problems = {field.name for field in fields(LlamaConfig)} - {"rope_factor"}, []
     for key, value in raw.items():
         if key in FIXED_KEYS and value != FIXED_KEYS[key]:
             problems.append(f"{key} = {value!r} (supported: {FIXED_KEYS[key]!r})")
-        elif key == "head_dim":
-            if value and value * raw.get("num_attention_heads", 32) != raw.get("hidden_size"):
-                problems.append(f"head_dim = {value} (supported: hidden_size / heads)")
-        elif key not in known | INERT_KEYS | set(FIXED_KEYS) and value not in (None, False):
+        elif key == "eos_token_id" and isinstance(value, list) and value:
+            values[key] = value[0]
+        elif key in known:
+            values[key] = value
+        elif key not in {*INERT_KEYS, *READ_APART, *FIXED_KEYS} and value is not False:
             problems.append(f"{key} = {value!r} (unknown to this code)")
+    values |= read_rope(raw, problems)
+    try:
+        config = LlamaConfig(**values)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        if raw.get("head_dim", config.head_dim) != config.head_dim:
+            problems.append(f"head_dim = {raw['head_dim']} (supported: hidden_size / heads)")
     if problems:
         raise ValueError(f"{file}: not supported: " + "; ".join(problems))
-    values = {key: raw[key] for key in known if raw.get(key) is not None}
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
-    values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    values.setdefault("rms_norm_eps", 1e-6)      # Hugging Face's default; Llama-2 says 1e-5 itself
-    factor = float(scaling.get("factor", 1.0)) if rope_type == "linear" else 1.0
-    return LlamaConfig(**values, rope_factor=factor)
+    return config
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -313,32 +332,6 @@ class Llama(nn.Module):
 
 # ---- Hugging Face folders -----------------------------------------------------------------------
 
-def weight_files(path: str) -> list[str]:
-    """The safetensors files of a folder, by its index if it is sharded."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.isfile(index):
-        if "weight_map" not in (content := read_json(index)):
-            raise ValueError(f"{index}: key 'weight_map' is missing")
-        names = sorted(set(content["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    if missing := [name for name in names if not os.path.isfile(os.path.join(path, name))]:
-        raise FileNotFoundError(f"{path}: missing weight file(s) {', '.join(missing)}")
-    return [os.path.join(path, name) for name in names]
-
-
-def open_safetensors(file: str):
-    """safe_open with the file's name, size and a hint in the error."""
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        with open(file, "rb") as stream:
-            hint = ("; this is a git-lfs pointer, run `git lfs pull`"
-                    if stream.read(7) == b"version" else "")
-        raise ValueError(f"{file} ({os.path.getsize(file)} bytes) is not a readable safetensors "
-                         f"file: {error}{hint}") from None
-
-
 def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
     """Build the model of a Hugging Face folder, tensor by tensor in its final dtype and place.
 
@@ -346,26 +339,16 @@ def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     """
     with torch.device("meta"):
         model = Llama(read_config(path))
-    tied, tensors, problems = model.config.tie_word_embeddings, {}, []
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()
+    tied, files = model.config.tie_word_embeddings, weight_files(path)
+    expected = {name: t.shape for name, t in model.state_dict().items()
                 if not (tied and name == "lm_head.weight")}
-    for file in weight_files(path):
-        with open_safetensors(file) as weights:
-            for name in weights.keys():
-                if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-                    continue                    # computed here; a copy of the embedding
-                shape = tuple(weights.get_slice(name).get_shape())
-                if name not in expected:
-                    problems.append(f"unexpected {name} {list(shape)}")
-                elif shape != expected[name]:
-                    problems.append(f"{name} is {list(shape)}, config.json asks for "
-                                    f"{list(expected[name])}")
-                elif not problems:              # after a problem only names are collected
-                    tensors[name] = weights.get_tensor(name).to(device=device, dtype=dtype)
-                expected.pop(name, None)
-    problems += [f"missing {name} {list(shape)}" for name, shape in expected.items()]
-    if problems:
+    # rotary frequencies are computed here; a tied head is a copy of the embedding
+    optional = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
+                for i in range(len(model.model.layers))} | ({"lm_head.weight"} if tied else set())
+    if problems := misfits(files, expected, optional):
         raise ValueError(f"{path}: weights do not fit config.json: " + "; ".join(problems))
+    tensors = {name: tensor.to(device=device, dtype=dtype)
+               for name, tensor in read_files(files) if name in expected}
     if tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -374,35 +357,23 @@ def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     return model
 
 
-def save_llama(model: Llama, path: str, max_shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json and safetensors as transformers reads them, sharded past max_shard_bytes."""
-    os.makedirs(path, exist_ok=True)
-    config = {field.name: getattr(model.config, field.name) for field in fields(LlamaConfig)}
-    factor = config.pop("rope_factor")
-    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype, **FIXED_KEYS,
-               "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor}}
+def write_config(config: LlamaConfig, dtype: torch.dtype, path: str) -> None:
+    """Write config.json with transformers 4's keys, which transformers 5 reads too."""
+    raw = {field.name: getattr(config, field.name) for field in fields(LlamaConfig)}
+    factor = raw.pop("rope_factor")
+    raw |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": str(dtype).removeprefix("torch."),
+            **FIXED_KEYS,
+            "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor}}
     with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as stream:
-        json.dump(config, stream, indent=2)
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items()
-               if not (model.config.tie_word_embeddings and name == "lm_head.weight")}
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    index_file = os.path.join(path, "model.safetensors.index.json")
-    if os.path.isfile(index_file):
-        os.remove(index_file)                   # an older model's; loaders would follow it
-    if len(shards) == 1:
-        save_file(tensors, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
-        return
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {}}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, os.path.join(path, name), metadata={"format": "pt"})
-        index["weight_map"] |= {key: name for key in shard}
-    with open(index_file, "w", encoding="utf-8") as stream:
-        json.dump(index, stream, indent=2)
+        json.dump(raw, stream, indent=2)
+
+
+def save_llama(model: Llama, path: str, max_shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json and safetensors for transformers and us, sharded past max_shard_bytes."""
+    os.makedirs(path, exist_ok=True)
+    write_config(model.config, model.model.norm.weight.dtype, path)
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    write_weights(path, {name: t.nbytes for name, t in tensors.items()}, tensors.__getitem__,
+                  max_shard_bytes)

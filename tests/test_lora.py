@@ -424,7 +424,7 @@ def test_all_misfits_of_an_adapter_are_listed_at_once(tmp_path):
     assert str(error.value).startswith(file)
     assert sorted(str(error.value).split("the model: ")[1].split("; ")) == [
         f"{layer}0.self_attn.q_proj.lora_A.weight is [5, 24], expected [3, 24]",
-        f"missing {layer}1.self_attn.v_proj.lora_B.weight",
+        f"missing {layer}1.self_attn.v_proj.lora_B.weight [12, 3]",
         f"unexpected {layer}2.self_attn.q_proj.lora_A.weight [3, 24]"]
 
 
