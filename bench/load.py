@@ -1,0 +1,263 @@
+"""Does a 7B model fit: load it in bfloat16, run it, take one LoRA step; seconds and peak memory.
+
+    python bench/load.py                       # 7B shape on the CPU: 14 GB of disk, 16 GB of memory
+    python bench/load.py --source bin          # float16 .bin shards, as lmsys/vicuna-7b-v1.5 ships
+    python bench/load.py --device cuda
+
+A folder of random weights is written shard by shard, then read in a fresh process that is watched
+from outside. Two peaks are reported: `anonymous` is memory the process must have; `file` is pages
+of mapped weight files, which the system may drop and read again. In a bfloat16 safetensors folder
+on the CPU the weights are such pages, and stay so: loading only maps them, the first forward reads
+them. With another source dtype the weights are anonymous and the files' pages pass by.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+MIN_AVAILABLE = 1.5 * 2 ** 30     # bytes; the run is stopped before the machine starts to kill
+FORWARD_TOKENS = 64
+STAGES = ("import", "load", "forward", "step")
+
+
+# ---- the model on disk --------------------------------------------------------------------------
+
+def build(folder: Path, config, source: str, shard_bytes: int) -> None:
+    """Write a random model (std 0.02), one shard in memory at a time, and push it out to disk.
+
+    source   "safetensors": bfloat16; "bin": float16 state dicts with an index, of torch.save
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from model import Llama, write_config
+    from weights import NAMES, weight_files, write_weights
+
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in Llama(config).state_dict().items()}
+    torch.manual_seed(0)
+
+    def tensor_of(name):
+        if name.endswith("norm.weight"):
+            return torch.ones(shapes[name], dtype=torch.bfloat16)
+        return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
+
+    write_config(config, torch.bfloat16, str(folder))
+    write_weights(str(folder), {name: 2 * shape.numel() for name, shape in shapes.items()},
+                  tensor_of, shard_bytes)
+    if source == "bin":
+        for file in map(Path, weight_files(str(folder))):
+            tensors = {name: t.half() for name, t in load_file(file).items()}
+            torch.save(tensors, file.with_name("pytorch_" + file.stem + ".bin"))
+            file.unlink()
+        if (index := folder / NAMES[1]).exists():
+            text = index.read_text().replace("model-", "pytorch_model-")
+            (folder / NAMES[3]).write_text(text.replace(".safetensors", ".bin"))
+            index.unlink()
+    for file in folder.iterdir():             # on disk and out of the page cache: a cold start
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# ---- the process that is measured ---------------------------------------------------------------
+
+def work(folder: str, device: str) -> None:
+    """Load, forward, one ULMA step on two trees of LoRA r 8; a JSON line after each stage."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    start = time.perf_counter()
+
+    def done(stage, **values):
+        nonlocal start
+        if device == "cuda":
+            torch.cuda.synchronize()
+            values["device_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        values = {"stage": stage, "seconds": time.perf_counter() - start, **values}
+        print(json.dumps(values), file=answers)
+        sys.stdin.readline()                  # the watcher has noted the peak of this stage
+        start = time.perf_counter()
+
+    from functools import partial
+
+    import torch
+
+    from lora import add_lora
+    from model import linear, load_llama
+    from step import METHODS, adapters_off, backward_batch, batch_counts
+    from trees import Tree
+
+    done("import", threads=torch.get_num_threads())
+    model = load_llama(folder, torch.bfloat16, device)
+    done("load", parameters=sum(p.numel() for p in model.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (FORWARD_TOKENS,), generator=generator)
+    with torch.no_grad():
+        hidden = model(ids.to(device))                                           # [T, D]
+        logits = linear(hidden[-1:], model.lm_head.weight)                       # [1, V]
+    done("forward", tokens=len(ids), finite=bool(logits.isfinite().all()))
+    add_lora(model, r=8, dropout=0.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ids = ids.tolist()
+    trees = [Tree([1] + ids[:16], [ids[16:24] + [2], ids[24:32] + [2]], [1.0, 0.0], [(0, 1)]),
+             Tree([1] + ids[32:44], [ids[44:52] + [2], ids[52:60] + [2]], [1.0, 0.0], [(0, 1)])]
+    totals = backward_batch(model, partial(adapters_off, model), METHODS["ulma"], trees,
+                            batch_counts(trees), beta=0.1, log_z=0.0, mean_logps=False,
+                            reduction="mean", micro_tokens=1024, device=device)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    torch.optim.AdamW(parameters, lr=1e-4).step()
+    done("step", tokens=int(totals[1]), loss=totals[0].item(), grad_norm=grad_norm.item())
+
+
+# ---- the watcher --------------------------------------------------------------------------------
+
+def memory(pid: int) -> dict[str, int]:
+    """What /proc says of a process, in bytes: RssAnon, RssFile, VmHWM."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {key: 1024 * int(value)
+            for key, value in re.findall(r"(RssAnon|RssFile|VmHWM):\s+(\d+) kB", text)}
+
+
+def available() -> int:
+    """Bytes of memory the machine can still hand out, dropped page cache included."""
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+
+
+def watch(folder: Path, device: str) -> list[dict]:
+    """Run `work` in a fresh process; its stages, each with the memory it took at most.
+
+    raises  RuntimeError if it failed, or was stopped because the machine ran out of memory
+    """
+    worker = subprocess.Popen([sys.executable, __file__, "--worker", str(folder), "--device", device],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    peaks, over = {"RssAnon": 0, "RssFile": 0}, threading.Event()
+    low = available()
+
+    def sample():
+        nonlocal low
+        while not over.wait(0.02):
+            try:
+                now = memory(worker.pid)
+            except OSError:
+                return
+            for key in peaks:
+                peaks[key] = max(peaks[key], now.get(key, 0))
+            if (low := min(low, available())) < MIN_AVAILABLE:
+                worker.kill()
+
+    sampler, stages = threading.Thread(target=sample), []
+    sampler.start()
+    try:
+        for line in worker.stdout:
+            now = memory(worker.pid)
+            stage = json.loads(line) | {
+                "peak_anonymous_gb": max(peaks["RssAnon"], now["RssAnon"]) / 1e9,
+                "peak_file_gb": max(peaks["RssFile"], now["RssFile"]) / 1e9,
+                "peak_resident_so_far_gb": now["VmHWM"] / 1e9}
+            stages.append(stage)
+            print(f"{stage['stage']:8} {stage['seconds']:7.1f} s", file=sys.stderr)
+            peaks.update(RssAnon=0, RssFile=0)
+            worker.stdin.write("\n")
+    finally:
+        over.set()
+        sampler.join()
+        worker.stdin.close()
+        if len(stages) < len(STAGES):
+            worker.kill()
+        code = worker.wait()
+    if code:
+        raise RuntimeError(f"the measured process ended with code {code} after "
+                           f"{[stage['stage'] for stage in stages]}; {low / 1e9:.1f} GB of memory "
+                           f"were available at the least (it is stopped below "
+                           f"{MIN_AVAILABLE / 1e9:.1f})")
+    return stages
+
+
+def table(stages: list[dict]) -> str:
+    """Markdown, GB of 1e9 bytes."""
+    lines = ["| stage | s | peak anonymous GB | peak of mapped files GB |", "|---|---|---|---|"]
+    return "\n".join(lines + [
+        f"| {stage['stage']} | {stage['seconds']:.1f} | {stage['peak_anonymous_gb']:.2f} "
+        f"| {stage['peak_file_gb']:.2f} |" for stage in stages])
+
+
+def measure(config, source: str, device: str, directory: str | None, keep: bool,
+            shard_bytes: int = 5_000_000_000) -> dict:
+    """Build, run, remove; returns the report.
+
+    raises  RuntimeError if the disk has no room for the model or the run fails
+    """
+    import safetensors
+    import torch
+
+    from model import Llama
+
+    with torch.device("meta"):
+        size = 2 * sum(t.numel() for t in Llama(config).state_dict().values())
+    folder = Path(tempfile.mkdtemp(prefix="load-", dir=directory))
+    try:
+        room = shutil.disk_usage(folder).free
+        if room < size + shard_bytes + 2 ** 30:
+            raise RuntimeError(f"{folder}: {room / 1e9:.1f} GB free, the model takes "
+                               f"{size / 1e9:.1f} and a shard more")
+        start = time.perf_counter()
+        build(folder, config, source, shard_bytes)
+        print(f"build    {time.perf_counter() - start:7.1f} s", file=sys.stderr)
+        files = [file.name for file in sorted(folder.iterdir())]
+        stages = watch(folder, device)
+    finally:
+        if keep:
+            print(f"kept: {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    return {
+        "hardware": {"cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
+                     "threads": stages[0]["threads"],
+                     "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+                     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+                     "bf16_instructions": sorted(set(re.findall(r"avx512_bf16|amx_bf16", cpuinfo)))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "safetensors": safetensors.__version__},
+        "source": source, "files": files, "weights_gb": size / 1e9, "stages": stages,
+        "peak_anonymous_gb": max(stage["peak_anonymous_gb"] for stage in stages),
+        "peak_resident_gb": stages[-1]["peak_resident_so_far_gb"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", choices=("safetensors", "bin"), default="safetensors",
+                        help="bfloat16 safetensors (default), or float16 .bin")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+    parser.add_argument("--tmp", help="folder for the 13.5 GB model (default: the system's)")
+    parser.add_argument("--keep", action="store_true", help="leave the model there")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/load-7b.json"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)           # what `watch` starts
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker, args.device)
+    from model import LlamaConfig
+
+    words = ["--source", args.source, "--device", args.device]      # no path: it is private
+    report = {"command": " ".join(["python bench/load.py", *words]),
+              **measure(LlamaConfig(), args.source, args.device, args.tmp, args.keep)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report["stages"]))
+    print(f"peak: {report['peak_anonymous_gb']:.2f} GB anonymous, "
+          f"{report['peak_resident_gb']:.2f} GB resident, mapped files included")
+
+
+if __name__ == "__main__":
+    main()

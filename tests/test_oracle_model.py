@@ -1,0 +1,113 @@
+"""Against transformers' LlamaForCausalLM: the same folders, the same logits, in both directions."""
+import json
+import os
+
+import pytest
+import torch
+from test_weights import assert_same_model, saved
+
+from model import LlamaConfig, load_llama
+
+transformers = pytest.importorskip("transformers")
+
+SHAPES = {      # of random models; what each adds
+    "multi-head": dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                       num_attention_heads=6),
+    "grouped-query": dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                          num_attention_heads=8, num_key_value_heads=2, rms_norm_eps=1e-6),
+    "tied head": dict(vocab_size=53, hidden_size=32, intermediate_size=72, num_hidden_layers=2,
+                      num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True),
+    "linear rope": dict(vocab_size=71, hidden_size=40, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=5, rope_theta=5e5, rope_factor=4.0),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+each_size = pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000], ids=["one file", "shards"])
+
+
+def logits_of(model):
+    """Ours, theirs: [T, V], of the same 40 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(50, (40,), generator=generator)
+    with torch.no_grad():
+        if isinstance(model, transformers.PreTrainedModel):
+            return model(input_ids[None]).logits[0]
+        return model(input_ids) @ model.lm_head.weight.T
+
+
+def assert_same_logits(ours, theirs):
+    # float32 sums in another order: 1.0e-6 of the largest logit (4 to 22) was the most measured,
+    # 1.6e-5 in all.
+    expected = logits_of(theirs)
+    largest = expected.abs().max().item()
+    assert largest > 3
+    torch.testing.assert_close(logits_of(ours), expected, rtol=0, atol=2e-6 * largest)
+
+
+def their_model(shape):
+    """A random model of theirs, made from their own configuration."""
+    shape = dict(shape)
+    factor, theta = shape.pop("rope_factor", None), shape.pop("rope_theta", 10000.0)
+    rope = {"rope_type": "linear", "factor": factor} if factor else {"rope_type": "default"}
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **shape, rope_parameters=rope | {"rope_theta": theta}, initializer_range=0.2,
+        eos_token_id=[2, 3])).eval()
+
+
+@each_size
+@each_shape
+def test_they_read_what_we_save(shape, shard_bytes, tmp_path):
+    # No missing, unexpected or newly initialised tensor on their side, and our logits.
+    model, path = saved(tmp_path, LlamaConfig(**shape), max_shard_bytes=shard_bytes)
+    theirs, told = transformers.LlamaForCausalLM.from_pretrained(
+        path, dtype="auto", output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.dtype == torch.float32
+    assert_same_logits(model, theirs)
+
+
+@each_size
+@each_shape
+def test_we_read_what_they_save(shape, shard_bytes, tmp_path):
+    # Safetensors and config.json (rope_parameters, lists of end tokens) of transformers 5.
+    theirs = their_model(shape)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_bytes)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard_bytes == 10 ** 9
+    assert_same_logits(load_llama(str(tmp_path)), theirs)
+
+
+@each_size
+@each_shape
+def test_we_read_what_transformers_4_saved(shape, shard_bytes, tmp_path):
+    # .bin state dicts (a tied head was written twice, one storage) and rope_theta, rope_scaling.
+    theirs = their_model(shape)
+    config = {key: value for key, value in shape.items() if key != "rope_factor"}
+    if factor := shape.get("rope_factor"):
+        config["rope_scaling"] = {"type": "linear", "factor": factor}
+    (tmp_path / "config.json").write_text(json.dumps(config | {
+        "model_type": "llama", "torch_dtype": "float32", "transformers_version": "4.31.0",
+        "rms_norm_eps": theirs.config.rms_norm_eps, "pad_token_id": 0, "rope_theta": 10000.0}
+        | ({"rope_theta": shape["rope_theta"]} if "rope_theta" in shape else {})))
+    state = theirs.state_dict()
+    half = list(state)[len(state) // 2:] if shard_bytes < 10 ** 9 else []
+    parts = [{k: v for k, v in state.items() if k not in half}] + (
+        [{k: state[k] for k in half}] if half else [])
+    names = [f"pytorch_model-{i + 1:05}-of-{len(parts):05}.bin" for i in range(len(parts))]
+    if len(parts) == 1:
+        names = ["pytorch_model.bin"]
+    else:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({
+            "metadata": {"total_size": 1},
+            "weight_map": {k: name for part, name in zip(parts, names, strict=True) for k in part}}))
+    for part, name in zip(parts, names, strict=True):
+        torch.save(part, os.path.join(tmp_path, name))
+    assert_same_logits(load_llama(str(tmp_path)), theirs)
+
+
+def test_a_float16_folder_comes_back_the_same_through_their_hands(tmp_path):
+    # Ours to theirs to ours, to the bit, in the half precision published models have.
+    model, path = saved(tmp_path / "ours", LlamaConfig(**SHAPES["grouped-query"]), torch.float16)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype="auto")
+    assert theirs.dtype == torch.float16
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_model(load_llama(str(tmp_path / "theirs"), torch.float16), model)
