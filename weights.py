@@ -150,7 +150,7 @@ def misfits(files: list[str], expected: dict[str, tuple], optional=()) -> list[s
     optional   names that may be there as well, of any shape
     """
     problems, missing = [], dict(expected)
-    for name, tensor in read_files(files):
+    for name, tensor in (pair for file in files for pair in read_file(file)):
         shape = missing.pop(name, None)
         if name in optional:
             continue

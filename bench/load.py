@@ -145,7 +145,7 @@ def watch(folder: Path, device: str) -> list[dict]:
 
     def sample():
         nonlocal low
-        while not over.wait(0.02):
+        while not over.wait(0.05):
             try:
                 now = memory(worker.pid)
             except OSError:
@@ -204,7 +204,7 @@ def measure(config, source: str, device: str, directory: str | None, keep: bool,
 
     with torch.device("meta"):
         size = 2 * sum(t.numel() for t in Llama(config).state_dict().values())
-    folder = Path(tempfile.mkdtemp(prefix="load-", dir=directory))
+    folder, load = Path(tempfile.mkdtemp(prefix="load-", dir=directory)), os.getloadavg()[0]
     try:
         room = shutil.disk_usage(folder).free
         if room < size + shard_bytes + 2 ** 30:
@@ -223,7 +223,7 @@ def measure(config, source: str, device: str, directory: str | None, keep: bool,
     cpuinfo = Path("/proc/cpuinfo").read_text()
     return {
         "hardware": {"cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
-                     "threads": stages[0]["threads"],
+                     "threads": stages[0]["threads"], "load_before": load,
                      "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
                      "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
                      "bf16_instructions": sorted(set(re.findall(r"avx512_bf16|amx_bf16", cpuinfo)))},

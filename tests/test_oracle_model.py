@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_weights import assert_same_model, saved
 
-from model import LlamaConfig, load_llama
+from model import LlamaConfig, load_llama, read_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -102,6 +102,16 @@ def test_we_read_what_transformers_4_saved(shape, shard_bytes, tmp_path):
     for part, name in zip(parts, names, strict=True):
         torch.save(part, os.path.join(tmp_path, name))
     assert_same_logits(load_llama(str(tmp_path)), theirs)
+
+
+def test_a_config_that_says_nothing_means_the_same_to_both(tmp_path):
+    # Their defaults, not Llama-2's: 2048 positions, eps 1e-6; a Llama-1 folder relies on them.
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ours, theirs = read_config(str(tmp_path)), transformers.LlamaConfig.from_pretrained(tmp_path)
+    assert ours.rope_factor == 1 and theirs.rope_parameters["rope_type"] == "default"
+    for name in set(vars(ours)) - {"rope_theta", "rope_factor"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 def test_a_float16_folder_comes_back_the_same_through_their_hands(tmp_path):
