@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import encode_dialogue
 from model import attention_segments
+from tokenizer import encode_dialogue
 
 MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
 

@@ -26,8 +26,8 @@ import torch
 
 from checkpoint import write_text
 from data import run_cli
-from data import VICUNA_SYSTEM
 from model import Llama, LlamaConfig, save_llama
+from tokenizer import VICUNA_SYSTEM
 
 # train.py's defaults on the world. Its rewards span 8 nats, so beta = 0.1 would ask for log-ratios of
 # 80; its model is 128 wide, so adapters sit on every layer and learn fast.
