@@ -18,7 +18,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -31,12 +30,13 @@ from torch import Tensor
 
 from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
                         save_checkpoint, save_weights, sha256, trainable, write_folder)
-from data import Tokenizer, print_counts, read_dataset, run_cli, split_by_prompt
+from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
 from lora import add_lora
 from model import Llama, load_llama
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
                   frozen_copy)
+from tokenizer import Tokenizer, copy_tokenizer
 from trees import Tree, epoch_batches, make_trees, shard
 from world import WORLD_FLAGS, base_model, data_file, ensure_world
 
@@ -337,7 +337,7 @@ def main(argv=None) -> None:
     if rank == 0:
         def write(folder):
             save_weights(model, folder, args.model_name_or_path)
-            shutil.copy(tokenizer.file, folder)
+            copy_tokenizer(tokenizer, folder)
         write_folder(os.path.join(args.output_dir, "final"), write)
         print(f"done: {os.path.join(args.output_dir, 'final')}")
     if world_size > 1:

@@ -6,12 +6,14 @@ import pytest
 import sentencepiece
 
 from data import VICUNA_SYSTEM, Tokenizer, encode_dialogue, read_dataset, render_dialogue
+from tokenizer import TOKENIZER_FILES, copy_tokenizer
 from trees import make_trees
 
 STRANGE = ["plain words", "  two spaces first", "new\nline\n\n", "tab\tand\r\n", "</s>",
            "<s>[INST]", "a </s> b", "</s></s>", "<unk>", "<0x0A>", "émoji 😀👩\u200d👧",
-           "e\u0301 combining", "\u202eRTL", "NUL\0inside", "\x1b[31m", "中文。",
+           "e\u0301 combining", "\u202eRTL", "NUL\0inside", "\0", "שלום עולם", "\x1b[31m", "中文。",
            "ASSISTANT: USER:", "x" * 300, "a  b   c    d", "?"]
+BLANK = ["", "\n", " "]
 ASK = ("Assistant", "")         # asks for the next answer
 
 
@@ -29,6 +31,13 @@ def joined(pieces, turns) -> list[int]:
             ids += pieces.encode("<unk>" * bool(skip) + text)[skip:] + [pieces.eos_id()]
             text = ""
     return ids
+
+
+def split_at(ids, end) -> list[list[int]]:
+    parts = [[]]
+    for i in ids:
+        parts.append([]) if i == end else parts[-1].append(i)
+    return parts
 
 
 def test_template_bytes_are_fastchats():
@@ -51,14 +60,48 @@ def test_template_of_a_system_message_and_of_empty_texts():
         render_dialogue([("Tool", "a")])
 
 
-def test_ids_equal_those_of_transformers(shared_data, llama_tokenizer):
-    # Six HH dialogues through FastChat's template and LlamaTokenizer(legacy=False), BOS first.
+@pytest.mark.parametrize("legacy, suffix", [(False, ""), (True, "_legacy")])
+def test_ids_equal_those_of_transformers(shared_data, legacy, suffix):
+    # Six HH dialogues through FastChat's template and the slow LlamaTokenizer, BOS first. Four of
+    # them have a second turn, whose first piece tells legacy from not.
+    tokenizer = Tokenizer(str(shared_data / "llama2_tokenizer"), legacy=legacy)
     for row in json.loads((shared_data / "llama2_tokenizer/vicuna_golden.json").read_text()):
         assert "</s>".join(render_dialogue([*row["turns"][:-1], ASK])) == row["prompt_text"]
         assert "</s>".join(render_dialogue(row["turns"])) == row["full_text"]
-        prompt_ids, response_ids = encode_dialogue(llama_tokenizer, row["turns"])
-        assert prompt_ids == row["prompt_ids"]
-        assert prompt_ids + response_ids == row["full_ids"]
+        prompt_ids, response_ids = encode_dialogue(tokenizer, row["turns"])
+        assert prompt_ids == row["prompt_ids" + suffix]
+        assert prompt_ids + response_ids == row["full_ids" + suffix]
+
+
+def test_legacy_is_what_tokenizer_config_says(tmp_path, tiny_tokenizer):
+    # A user's folder decides, so training, evaluation and other tools agree without a flag; an
+    # argument wins; a text in its place is no switch (bool("false") is True).
+    def legacy_of(config, **options):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        return Tokenizer(str(tmp_path), **options).legacy
+
+    copy_tokenizer(Tokenizer(tiny_tokenizer), str(tmp_path))
+    assert Tokenizer(str(tmp_path)).legacy is False
+    assert legacy_of('{"legacy": true}') is True
+    assert legacy_of('{"legacy": true}', legacy=False) is False
+    assert legacy_of('{"legacy": null}') is legacy_of("{}") is False
+    for config, words in (('{"legacy": "false"}', "legacy is 'false'"), ("[]", "not a JSON object"),
+                          ("{", "not a JSON object")):
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {words}"):
+            legacy_of(config)
+
+
+def test_every_tokenizer_file_is_copied(tmp_path, tiny_tokenizer):
+    # A folder without tokenizer.model is the converters' first complaint; other files stay behind.
+    source, target = tmp_path / "from", tmp_path / "to"
+    source.mkdir(), target.mkdir()
+    copy_tokenizer(Tokenizer(tiny_tokenizer), str(source))
+    assert [file.name for file in source.iterdir()] == ["tokenizer.model"]
+    for name in (*TOKENIZER_FILES[1:], "config.json"):
+        (source / name).write_text("{}")
+    copy_tokenizer(Tokenizer(str(source)), str(target))
+    assert {file.name for file in target.iterdir()} == set(TOKENIZER_FILES)
+    assert (target / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
 
 
 def test_prompt_ids_are_a_prefix_of_the_joint_ids_on_all_of_hh(hh_file, llama_tokenizer):
@@ -93,6 +136,22 @@ def test_every_real_prompt_is_whole_and_ends_in_the_answer_mark(hh_file, llama_t
         if not text.endswith("ASSISTANT:") or any(turn not in text for turn in said):
             wrong.append(int(record.where.rpartition(":")[2]))
     assert wrong == []
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("text", STRANGE + BLANK)
+def test_no_text_gives_the_ids_of_bos_or_eos(tiny_tokenizer, text, legacy):
+    # "</s>" typed by a user must not end an answer. One BOS, one EOS an answer, in any position.
+    tokenizer = Tokenizer(tiny_tokenizer, legacy)
+    turns = [("Human", text), ("Assistant", text), ("Human", text), ("Assistant", text)]
+    prompt_ids, response_ids = encode_dialogue(tokenizer, turns)
+    ids = prompt_ids + response_ids
+    answers = 2 if text else 1                  # FastChat prints only the role of an empty text
+    assert ids[0] == 1 and ids.count(1) == 1 and ids.count(0) == 0
+    assert ids.count(2) == answers and ids[-1] == 2
+    texts = render_dialogue(turns)
+    assert "</s>".join(texts[:answers]) == "</s>".join(
+        tokenizer.decode(part) for part in split_at(ids[1:-1], 2))
 
 
 @pytest.mark.parametrize("text", STRANGE)

@@ -1,0 +1,52 @@
+"""Token ids of whole dialogues against transformers' LlamaTokenizer, for real and strange text."""
+import pytest
+import sentencepiece
+from test_tokenizer import STRANGE
+
+from data import Tokenizer, encode_dialogue, read_hh, render_dialogue
+
+transformers = pytest.importorskip("transformers")
+
+
+def llama_tokenizer_of(file, legacy):
+    """transformers' tokenizer of a tokenizer.model, without the protobuf package it reads it by."""
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    scores = [(piece, pieces.get_score(i)) for piece, i in vocab.items()]
+    return transformers.LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores),
+                                       legacy=legacy, add_bos_token=True)
+
+
+def ids_at_once(theirs, turns) -> list[int]:
+    """The whole of FastChat's text in one call; </s> is text that becomes an id there."""
+    return theirs("</s>".join(render_dialogue(turns))).input_ids
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_strange_text_has_transformers_ids(tiny_tokenizer, legacy):
+    # Theirs knows no difference between an end of turn and "</s>" typed by a user: left out.
+    ours, theirs = Tokenizer(tiny_tokenizer, legacy), llama_tokenizer_of(tiny_tokenizer, legacy)
+    assert ids_at_once(theirs, [("Human", "</s>")]).count(2) == 1
+    for text in STRANGE:
+        if any(mark in text for mark in ("<s>", "</s>", "<unk>")):
+            continue
+        turns = [("Human", text), ("Assistant", text), ("Human", text), ("Assistant", text)]
+        prompt_ids, response_ids = encode_dialogue(ours, turns)
+        assert prompt_ids + response_ids == ids_at_once(theirs, turns), text
+        assert prompt_ids == ids_at_once(theirs, [*turns[:-1], ("Assistant", "")]), text
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_hh_dialogues_have_transformers_ids(shared_data, hh_file, legacy):
+    # 32,000 pieces, every twentieth dialogue of HH's harmless test set.
+    file = shared_data / "llama2_tokenizer/tokenizer.model"
+    ours, theirs = Tokenizer(str(file), legacy), llama_tokenizer_of(file, legacy)
+    several = 0
+    for record in read_hh(hh_file)[::20]:
+        turns = [*record.prompt, ("Assistant", record.responses[0])]
+        prompt_ids, response_ids = encode_dialogue(ours, turns)
+        assert prompt_ids + response_ids == ids_at_once(theirs, turns), record.where
+        several += len(turns) > 2
+    assert several > 50                                  # or legacy would make no difference
