@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test oracles bench clean
+.PHONY: demo test oracles bench bench-kernel clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,11 @@ TOKENIZER ?= ../shared/data/llama2_tokenizer/tokenizer.model
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) \
 	  --precision fp32 --out bench/results/step.json
+
+# The vocabulary head alone; on a GPU its tests first, then 7B's size in bf16.
+bench-kernel: .venv-bench/ready
+	.venv-bench/bin/python -m pytest tests/test_kernels.py
+	.venv-bench/bin/python bench/kernel.py
 
 clean:
 	rm -rf .venv .venv-bench runs

@@ -9,6 +9,7 @@ The reference model of an objective is this same model with its adapters off:
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +22,14 @@ from model import Linear, linear
 from weights import misfits, read_files, read_json
 
 PREFIX = "base_model.model."        # PEFT wraps the model twice
+
+# Keys of adapter_config.json: those that say no more than what is read here, and those accepted
+# with these values only (other initialisations, such as PiSSA's, change the base model's weights).
+INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha",
+              "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "revision",
+              "target_modules", "task_type"}
+PLAIN_KEYS = {"peft_type": ("LORA",), "bias": ("none",),
+              "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
 class LoRALinear(nn.Module):
@@ -54,9 +63,40 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the layers that may have an adapter, or have one."""
+    # not the head: its weight is used by kernels/, it is never called
+    return [name for name, module in model.named_modules()
+            if isinstance(module, (Linear, LoRALinear)) and name != "lm_head"]
+
+
+def matching(names: list[str], target_modules) -> list[str]:
+    """The names that target_modules means, read as PEFT reads it.
+
+    target_modules  names or their ends ("q_proj", "0.self_attn.q_proj"); or one text: a regular
+                    expression for whole names, or "all-linear"
+    raises          ValueError naming the targets that mean no layer, or for a bad expression
+    """
+    if target_modules == "all-linear":
+        return names
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r}: {error}") from None
+        means = {target_modules: [name for name in names if pattern.fullmatch(name)]}
+    else:
+        means = {target: [name for name in names if f".{name}".endswith(f".{target}")]
+                 for target in target_modules}
+    if unknown := sorted(target for target in means if not means[target]):
+        raise ValueError(f"no linear layer is called {', '.join(unknown)}; there are "
+                         f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+    return [name for name in names if any(name in found for found in means.values())]
+
+
 def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0.1,
              target_modules=("q_proj", "v_proj")) -> nn.Module:
-    """Freeze `model` and put an adapter on every linear layer whose last name is a target.
+    """Freeze `model` and put an adapter on every linear layer that is a target (see `matching`).
 
     Set dropout=0 for an objective that compares with the reference: with dropout the two would
     differ before the first step.
@@ -64,18 +104,10 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
     """
     if r < 1 or lora_layers(model):
         raise ValueError(f"r = {r} must be at least 1" if r < 1 else "the model has adapters")
-    # not the head: its weight is used by kernels/, it is never called
-    found = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, Linear) and name != "lm_head"]
-    names = {name.rpartition(".")[2] for name, _ in found}
-    if unknown := set(target_modules) - names:
-        raise ValueError(f"no linear layer is called {', '.join(sorted(unknown))}; "
-                         f"there are {', '.join(sorted(names))}")
+    names = matching(linear_names(model), target_modules)
     model.requires_grad_(False)
-    for name, module in found:
-        parent, _, last = name.rpartition(".")
-        if last in target_modules:
-            setattr(model.get_submodule(parent), last, LoRALinear(module, r, alpha, dropout))
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
     return model
 
 
@@ -102,8 +134,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         merged = Linear(layer.weight.shape[1], layer.weight.shape[0])
         update = layer.scaling * (layer.lora_B @ layer.lora_A)                   # [out, in]
         merged.weight = nn.Parameter((layer.weight.to(update.dtype) + update).to(layer.weight.dtype))
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, merged)
+        model.set_submodule(name, merged)
     return model
 
 
@@ -122,9 +153,12 @@ def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
         raise ValueError("the model has no adapter to save")
     layer = next(iter(layers.values()))
     r = layer.lora_A.shape[0]
+    targets = sorted({name.rpartition(".")[2] for name in layers})
+    if len(matching(linear_names(model), targets)) > len(layers):
+        targets = sorted(layers)                        # not on every layer of these names
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
               "r": r, "lora_alpha": layer.scaling * r, "lora_dropout": layer.dropout,
-              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+              "target_modules": targets,
               "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
               "modules_to_save": None, "use_rslora": False, "use_dora": False,
               "inference_mode": True}
@@ -150,17 +184,12 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     config = read_json(file)
     if missing := {"peft_type", "r", "lora_alpha", "target_modules"} - set(config):
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
-    plain = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "bias": "none",
-             "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
-             "alpha_pattern": {}, "layers_to_transform": None, "layer_replication": None}
-    wrong = [f"{key} = {config[key]!r}" for key, value in plain.items()
-             if config.get(key, value) not in (value, None)]
+    wrong = [f"{key} = {value!r}" for key, value in config.items() if key not in INERT_KEYS
+             and value not in (None, False, {}, [], *PLAIN_KEYS.get(key, ()))]
     if wrong:
         raise ValueError(f"{file}: only plain LoRA is supported, not {', '.join(wrong)}")
     if not lora_layers(model):
-        targets = config["target_modules"]
-        add_lora(model, config["r"], config["lora_alpha"], 0.0,
-                 [targets] if isinstance(targets, str) else targets)
+        add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
     expected = adapter_tensors(model)
     file = os.path.join(path, "adapter_model.safetensors")
     if not os.path.isfile(file):

@@ -20,7 +20,7 @@ from lora import (
     merge_lora,
     save_adapter,
 )
-from model import Linear, Llama, LlamaConfig, save_llama
+from model import Linear, Llama, LlamaConfig
 from step import adapters_off, sequence_logps
 from trees import Tree, build_stream
 
@@ -403,13 +403,6 @@ def test_loaded_adapter_has_no_dropout(tmp_path):
     assert {layer.dropout for layer in lora_layers(model).values()} == {0.0}
 
 
-def test_a_single_target_may_be_a_string(tmp_path):
-    # PEFT accepts target_modules="q_proj"; as a sequence it would be letters.
-    _, path = saved(tmp_path, targets=["q_proj"])
-    edit_config(path, target_modules="q_proj")
-    assert len(lora_layers(load_adapter(base_model(), path))) == 2
-
-
 def test_all_misfits_of_an_adapter_are_listed_at_once(tmp_path):
     # One missing, one mis-shaped, one unexpected: three names in one error.
     _, path = saved(tmp_path)
@@ -451,7 +444,12 @@ def test_a_misfit_leaves_existing_adapters_alone(tmp_path):
     ({"layers_to_transform": [0]}, r"not layers_to_transform = \[0\]"),
     ({"fan_in_fan_out": True}, "not fan_in_fan_out = True"),
     ({"layer_replication": [[0, 2]]}, "not layer_replication"),
-    ({"use_dora": True, "bias": "all"}, "not use_dora = True, bias = 'all'"),
+    ({"use_dora": True, "bias": "all"}, "not bias = 'all', use_dora = True"),
+    ({"init_lora_weights": "pissa_niter_4"}, "not init_lora_weights = 'pissa_niter_4'"),
+    ({"exclude_modules": ["k_proj"]}, r"not exclude_modules = \['k_proj'\]"),
+    ({"an_idea_of_2027": 1}, "not an_idea_of_2027 = 1"),
+    ({"target_modules": "("}, r"target_modules '\(': missing \), unterminated subpattern"),
+    ({"target_modules": ".*c_attn"}, r"no linear layer is called \.\*c_attn; there are"),
     ({"r": "drop", "peft_type": "drop"}, "adapter_config.json: missing peft_type, r"),
     ({"target_modules": ["c_attn"]}, "no linear layer is called c_attn"),
 ])
@@ -461,6 +459,28 @@ def test_adapters_that_are_not_plain_lora_are_refused(values, words, tmp_path):
     edit_config(path, **values)
     with pytest.raises(ValueError, match=words):
         load_adapter(base_model(), path)
+
+
+@pytest.mark.parametrize("targets, written", [
+    (ALL_LINEAR, sorted(ALL_LINEAR)),
+    ("all-linear", sorted(ALL_LINEAR)),
+    (r".*\.(q|v)_proj", ["q_proj", "v_proj"]),
+    (["0.self_attn.q_proj", "model.layers.1.mlp.up_proj"],
+     ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]),
+])
+def test_targets_mean_what_they_mean_to_peft(targets, written, tmp_path):
+    # A list holds ends of names after a dot, a text is a pattern for the whole name: "q_proj" as a
+    # pattern means nothing. What is saved must name these layers and no others, the head included.
+    model, path = saved(tmp_path, targets=targets)
+    with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as stream:
+        assert json.load(stream)["target_modules"] == written
+    again = load_adapter(base_model(), path)
+    assert list(lora_layers(again)) == list(lora_layers(model))
+    assert torch.equal(hidden_of(again), hidden_of(model))
+    assert len(lora_layers(model)) == {"all-linear": 14, r".*\.(q|v)_proj": 4}.get(
+        targets if isinstance(targets, str) else "", 14 if targets is ALL_LINEAR else 2)
+    with pytest.raises(ValueError, match="no linear layer is called q_proj"):
+        add_lora(base_model(), target_modules="q_proj")
 
 
 def test_missing_adapter_files_are_named(tmp_path):
@@ -473,22 +493,3 @@ def test_missing_adapter_files_are_named(tmp_path):
         load_adapter(base_model(), path)
     with pytest.raises(ValueError, match="the model has no adapter to save"):
         save_adapter(base_model(), path)
-
-
-def test_peft_reads_what_we_save_and_we_read_what_peft_saves(tmp_path):
-    # The outside view, both ways, in float64; transformers' norms and rotary tables are float32.
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    model = adapted_model(torch.float64, r=3, alpha=7, targets=ALL_LINEAR)
-    save_llama(base_model(torch.float64), str(tmp_path / "base"))
-    save_adapter(model, str(tmp_path / "ours"), str(tmp_path / "base"))
-    base = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path / "base"),
-                                                         dtype=torch.float64)
-    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
-    with torch.no_grad():
-        expected = theirs(ROW[None]).logits[0]
-        ours = hidden_of(model) @ model.lm_head.weight.T
-        assert_close(ours, expected, rtol=0, atol=2e-5)
-        assert (hidden_of(base_model(torch.float64)) @ model.lm_head.weight.T - ours).norm() > 1
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = load_adapter(base_model(torch.float64), str(tmp_path / "theirs"))
-    assert_close(hidden_of(again), hidden_of(model), rtol=0, atol=1e-5)

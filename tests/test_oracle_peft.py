@@ -1,0 +1,140 @@
+"""Adapters against PEFT, both ways: what train.py writes it loads in silence, what it writes loads
+here; the same logits to 1e-5. transformers' norms and rotary tables are float32 in any dtype.
+"""
+import json
+import signal
+import warnings
+
+import pytest
+import torch
+from conftest import write_jsonl
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import train
+from lora import load_adapter, lora_layers
+from model import load_llama
+
+peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+
+ROW = torch.tensor([1, 5, 7, 30, 300, 7, 12, 3, 2])
+
+
+@pytest.fixture
+def train_main():
+    """train.main in this process; what it changes for the whole process is put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield train.main
+    torch.set_flush_denormal(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def our_logits(model):
+    with torch.no_grad():
+        return model.eval()(ROW) @ model.lm_head.weight.T
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model.eval()(ROW[None]).logits[0]
+
+
+def their_base(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def load_in_silence(base, path):
+    """PeftModel.from_pretrained, in which a warning is an error: a wrong key only warns there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # PEFT 0.21 reading an attribute that transformers 5.23 has renamed; nothing of ours
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return peft.PeftModel.from_pretrained(base, path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"],
+                                     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                      "up_proj", "down_proj"]])
+def test_peft_loads_what_training_wrote_without_a_warning(tmp_path, tiny_model, train_main,
+                                                          targets):
+    # Real steps, so that B is not zero and the adapter changes the logits.
+    pairs = write_jsonl(tmp_path / "pairs.jsonl",
+                        [{"prompt": f"How do I fix {n}?", "chosen": "First ask.",
+                          "rejected": "No."} for n in range(16)])
+    train_main(["--method", "dpo", "--model_name_or_path", tiny_model, "--dataset", pairs,
+                "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--batch_size", "4",
+                "--learning_rate", "3e-2", "--lora_r", "3", "--lora_alpha", "7",
+                "--lora_target_modules", *targets])
+    final = str(tmp_path / "run/final")
+    theirs = load_in_silence(their_base(tiny_model), final)
+    ours = load_adapter(load_llama(tiny_model), final)
+    assert {module.scaling["default"] for module in theirs.modules()
+            if isinstance(module, peft.tuners.lora.LoraLayer)} == {7 / 3}
+    assert (our_logits(ours) - our_logits(load_llama(tiny_model))).abs().max() > 0.01
+    assert_close(our_logits(ours), their_logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_a_wrong_key_does_warn_so_silence_means_something(tmp_path, tiny_model):
+    # The fault the silence guards against: a prefix too many loads nothing, and PEFT only warns.
+    save_peft_adapter(tiny_model, tmp_path, target_modules=["q_proj"])
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"x." + name: t for name, t in load_file(file).items()}, file)
+    with pytest.raises(UserWarning, match="missing adapter keys"):
+        load_in_silence(their_base(tiny_model), str(tmp_path))
+
+
+def save_peft_adapter(model, path, **config):
+    """A PEFT model on `model` with random adapters, B too, saved by PEFT."""
+    torch.manual_seed(0)
+    options = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"} | config
+    theirs = peft.get_peft_model(their_base(model), peft.LoraConfig(**options))
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(str(path))
+    return theirs
+
+
+@pytest.mark.parametrize("options, layers", [
+    ({"target_modules": ["q_proj", "v_proj"]}, 4),
+    ({"target_modules": ["o_proj", "up_proj", "down_proj"], "r": 5}, 6),
+    ({"target_modules": "all-linear"}, 14),
+    ({"target_modules": r".*\.(q|k)_proj"}, 4),
+    ({"target_modules": ["0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]}, 2),
+    ({"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}, 2),
+    ({}, 4),                                             # PEFT's own targets of a Llama
+])
+def test_what_peft_wrote_loads_here(tmp_path, tiny_model, options, layers):
+    # Both spellings of target_modules, and layers of a name that have no adapter.
+    theirs = save_peft_adapter(tiny_model, tmp_path, **options)
+    ours = load_adapter(load_llama(tiny_model), str(tmp_path))
+    assert len(lora_layers(ours)) == layers
+    assert (our_logits(ours) - our_logits(load_llama(tiny_model))).abs().max() > 0.01
+    assert_close(our_logits(ours), their_logits(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"rank_pattern": {"q_proj": 2}}, "not rank_pattern = {'q_proj': 2}"),
+    ({"alpha_pattern": {"q_proj": 2}}, "not alpha_pattern = {'q_proj': 2}"),
+    ({"use_rslora": True}, "not use_rslora = True"),
+    ({"use_dora": True}, "not use_dora = True"),
+    ({"modules_to_save": ["lm_head"]}, r"not modules_to_save = \['lm_head'\]"),
+    ({"layers_to_transform": [0]}, r"not layers_to_transform = \[0\]"),
+    ({"init_lora_weights": "pissa"}, "not init_lora_weights = 'pissa'"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "no linear layer is called lm_head"),
+    ({"bias": "lora_only"}, "not bias = 'lora_only'"),
+])
+def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, tiny_model, options, words):
+    # Each loads in PEFT and computes something else than W + scaling B A on the targets.
+    save_peft_adapter(tiny_model, tmp_path, **({"target_modules": ["q_proj"]} | options))
+    with pytest.raises(ValueError, match=words):
+        load_adapter(load_llama(tiny_model), str(tmp_path))
+
+
+def test_every_key_peft_writes_is_known(tmp_path, tiny_model):
+    # A key of a later PEFT that is off by default is off here too; this fails where it is not.
+    save_peft_adapter(tiny_model, tmp_path, target_modules=["q_proj"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert len(config) > 30 and config["peft_version"]
+    load_adapter(load_llama(tiny_model), str(tmp_path))
