@@ -101,7 +101,8 @@ def read_bin(file: str) -> dict[str, Tensor]:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{file}: holds a Python object ({found[1]}) where only tensors may "
                              "be; it was not executed") from None
-        raise unreadable(file, re.split(r"\. |\n", str(error))[0]) from None
+        reason = re.split(r"\. |\n", str(error))[0]       # what follows advises to run the code
+        raise unreadable(file, f"{type(error).__name__}: {reason}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file}: not a state dict: holds a {type(state).__name__}")
     wrong = [f"{name!r} is a {type(value).__name__}" for name, value in state.items()
@@ -128,7 +129,7 @@ def read_file(file: str):
 
 def read_files(files: list[str]):
     """(name, tensor) over all files; on rank 0 a slow load says on stderr how far it is."""
-    total, done = sum(map(os.path.getsize, files)), 0
+    total, done = sum(map(os.path.getsize, files)), 0                # bytes
     start = said = time.monotonic()
     silent = dist.is_initialized() and dist.get_rank() > 0
     for file in files:
@@ -136,7 +137,7 @@ def read_files(files: list[str]):
             yield name, tensor
             done += tensor.nbytes
             now = time.monotonic()
-            if now - said > PROGRESS_SECONDS and not silent:
+            if now - said > PROGRESS_SECONDS and done and not silent:
                 print(f"loading {file}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, "
                       f"{now - start:.0f} s, about {(now - start) * (total / done - 1):.0f} s left",
                       file=sys.stderr, flush=True)

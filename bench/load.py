@@ -250,8 +250,11 @@ def main() -> None:
     from model import LlamaConfig
 
     words = ["--source", args.source, "--device", args.device]      # no path: it is private
-    report = {"command": " ".join(["python bench/load.py", *words]),
-              **measure(LlamaConfig(), args.source, args.device, args.tmp, args.keep)}
+    try:
+        report = {"command": " ".join(["python bench/load.py", *words]),
+                  **measure(LlamaConfig(), args.source, args.device, args.tmp, args.keep)}
+    except RuntimeError as error:
+        raise SystemExit(f"bench/load.py: {error}") from None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["stages"]))
