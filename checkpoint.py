@@ -64,6 +64,13 @@ FREE_FLAGS = {"output_dir", "overwrite_output_dir", "logging_steps", "save_steps
               "save_total_limit"}
 
 
+def changed_flags(file: str, flags: dict) -> str:
+    """What differs from the flags kept in a file, in words; "" if nothing does."""
+    before = read_json(file)
+    return "; ".join(f"{key} was {before.get(key)!r}, now {flags[key]!r}" for key in flags
+                     if key not in FREE_FLAGS and before.get(key) != flags[key])
+
+
 def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
     """Make `path` this run's, or find it to be: a killed run with the same flags is continued.
 
@@ -74,12 +81,9 @@ def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
     if overwrite and os.path.isfile(file):
         shutil.rmtree(path)                              # only ever a folder that was a run
     if os.path.isfile(file):
-        before = read_json(file)
-        changed = [f"{key} was {before.get(key)!r}, now {flags[key]!r}" for key in flags
-                   if key not in FREE_FLAGS and before.get(key) != flags[key]]
-        if changed:
-            raise ValueError(f"{path} holds a run with other flags ({'; '.join(changed)}); choose "
-                             "another --output_dir, or pass --overwrite_output_dir")
+        if changed := changed_flags(file, flags):
+            raise ValueError(f"{path} holds a run with other flags ({changed}); choose another "
+                             "--output_dir, or pass --overwrite_output_dir")
         if os.path.isdir(os.path.join(path, "final")):
             raise ValueError(f"{path} holds a finished run; choose another --output_dir, or pass "
                              "--overwrite_output_dir")
@@ -89,6 +93,33 @@ def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
                          "--output_dir")
     os.makedirs(path, exist_ok=True)
     write_text(file, json.dumps(flags, indent=2) + "\n")
+
+
+def claim_file(out: str, flags: dict, batch_size: int, total: int, overwrite: bool) -> int:
+    """Make `out` this run's of generate.py, or find it to be; returns the number of rows it has.
+
+    OUT.args.json keeps the flags. Whole batches stay; what a kill left of the last one goes.
+    raises   ValueError if the file is not this command's
+    """
+    flags_file = out + ".args.json"
+    if os.path.exists(out) and not overwrite:
+        if not os.path.isfile(flags_file):
+            raise ValueError(f"{out} exists and was not written by this command; choose another "
+                             "--out, or pass --overwrite")
+        if changed := changed_flags(flags_file, flags):
+            raise ValueError(f"{out} was written with other flags ({changed}); choose another "
+                             "--out, or pass --overwrite")
+        with open(out, "r+b") as file:
+            ends = [0]
+            for line in file:
+                ends += [ends[-1] + len(line)] if line.endswith(b"\n") else []
+            done = len(ends) - 1
+            done -= done % batch_size if done < total else 0
+            file.truncate(ends[done])
+        return done
+    write_text(flags_file, json.dumps(flags, indent=2) + "\n")
+    open(out, "wb").close()
+    return 0
 
 
 def checkpoints(path: str) -> list[tuple[int, str]]:

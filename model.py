@@ -15,6 +15,7 @@ checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so loading needs 
 import json
 import os
 from dataclasses import dataclass, fields
+from itertools import repeat
 
 import torch
 import torch.nn as nn
@@ -266,10 +267,10 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = Linear(width, width), Linear(width, kv_width)
         self.v_proj, self.o_proj = Linear(width, kv_width), Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, attend=attention) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))                    # [T, H, Dh]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
         return self.o_proj(mixed.flatten(1))                                     # [T, D]
 
 
@@ -294,8 +295,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, attend=attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -317,16 +318,19 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None,
-                segments: list | None = None) -> Tensor:
-        """input_ids [T], position_ids [T], segments (see `attention`) -> hidden [T, D]."""
+                segments: list | None = None, cache: list | None = None) -> Tensor:
+        """input_ids [T], position_ids [T], segments (see `attention`) -> hidden [T, D].
+
+        cache   for each layer what replaces `attention`: generate.py keeps k and v in it
+        """
         if position_ids is None:
             position_ids = torch.arange(len(input_ids), device=input_ids.device)
         x = self.model.embed_tokens(input_ids)                                   # [T, D]
         config = self.config
         cos, sin = (t.to(x.dtype)[:, None] for t in rotary_angles(
             position_ids, config.head_dim, config.rope_theta, config.rope_factor))
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, segments)
+        for layer, attend in zip(self.model.layers, cache or repeat(attention)):
+            x = layer(x, cos, sin, segments, attend)
         return self.model.norm(x)
 
 

@@ -1,0 +1,492 @@
+"""Sampling: the cache against recomputing everything, exact distributions, seeds, the commands."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY_VOCAB, save_tiny_model, tree_of, write_jsonl
+from plain import random_weights
+from torch.testing import assert_close
+
+import data
+import generate as generate_file
+from generate import generate, nucleus, row_seeds, sample, stream
+from kernels import linear_logps
+from lora import add_lora, load_adapter, lora_disabled, lora_layers, save_adapter
+from model import Llama, LlamaConfig, load_llama, save_llama
+
+SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+             num_attention_heads=4, max_position_embeddings=128)
+MHA, GQA = LlamaConfig(**SHAPE), LlamaConfig(**SHAPE, num_key_value_heads=2)
+ROPE = LlamaConfig(**SHAPE, num_key_value_heads=1, rope_factor=4.0)
+TIED = LlamaConfig(**SHAPE, tie_word_embeddings=True)
+each_config = pytest.mark.parametrize("config", [MHA, GQA, ROPE, TIED],
+                                      ids=["mha", "gqa", "mqa-rope-factor", "tied"])
+
+
+def make_model(config, seed=0, dtype=torch.float64):
+    model = Llama(config).to(dtype)
+    model.load_state_dict({name: w.to(dtype) for name, w in random_weights(config, seed).items()})
+    return model
+
+
+def make_prompts(lengths, seed=0, vocab_size=61):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def from_scratch(model, prompt, new):
+    """Greedy tokens without a cache: the whole sequence, every step."""
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int((model(torch.tensor(ids))[-1] @ model.lm_head.weight.T).argmax()))
+    return ids[len(prompt):]
+
+
+def make_adapter(model, seed=3):
+    add_lora(model, r=3, alpha=6, dropout=0.5, target_modules=("q_proj", "v_proj", "down_proj"))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator,
+                                        dtype=layer.lora_B.dtype)
+    return model
+
+
+# ---- the cache ----------------------------------------------------------------------------------
+
+@each_config
+def test_greedy_equals_recomputing_every_step(config):
+    # A slot, mask or position off by one changes the argmax within a few of 20 tokens.
+    model, prompts = make_model(config), make_prompts([*range(1, 41, 3), 40, 1])
+    expected = [from_scratch(model, prompt, 20) for prompt in prompts]
+    assert generate(model, prompts, 20, temperature=0, eos_id=None) == expected
+
+
+def test_prompts_of_one_length_and_one_prompt_alone():
+    # Equal lengths: nothing is masked; alone: the stream is one sequence.
+    model = make_model(GQA)
+    for lengths in ([5, 5, 5], [7], [1]):
+        prompts = make_prompts(lengths)
+        assert generate(model, prompts, 9, temperature=0, eos_id=None) == [
+            from_scratch(model, prompt, 9) for prompt in prompts]
+
+
+def test_prompts_longer_than_one_prefill_stream(monkeypatch):
+    # Groups of at most 16 tokens; the 20-token prompt is a group of its own.
+    monkeypatch.setattr(generate_file, "PREFILL_TOKENS", 16)
+    model, prompts = make_model(GQA), make_prompts([3, 20, 9, 8, 16, 1, 1])
+    assert generate(model, prompts, 5, temperature=0, eos_id=None) == [
+        from_scratch(model, prompt, 5) for prompt in prompts]
+
+
+def test_equal_prompts_are_run_once():
+    model, (a, b) = make_model(GQA), make_prompts([6, 4])
+    seen, forward = [], model.forward
+    model.forward = lambda ids, *rest: seen.append(len(ids)) or forward(ids, *rest)
+    rows = generate(model, [a, b, a, a, b], 3, temperature=0, eos_id=None)
+    assert seen == [6 + 4, 5, 5]                     # one prefill, two steps of five rows
+    assert rows[0] == rows[2] == rows[3] and rows[1] == rows[4] and rows[0] != rows[1]
+    model.forward = forward
+    assert rows[:2] == [from_scratch(model, prompt, 3) for prompt in (a, b)]
+
+
+@each_config
+def test_logps_of_the_logits_sampled_from_equal_a_teacher_forced_pass(config, monkeypatch):
+    model, prompts = make_model(config), make_prompts([3, 17, 9])
+    logits, original = [], generate_file.next_logits
+    monkeypatch.setattr(generate_file, "next_logits",
+                        lambda *given: logits.append(original(*given)) or logits[-1])
+    rows = generate(model, prompts, 8, eos_id=None, generator=0)
+    logps = torch.stack(logits, 1).log_softmax(-1)                               # [B, 8, V]
+    for row, (prompt, ids) in enumerate(zip(prompts, rows)):
+        with torch.no_grad():
+            hidden = model(torch.tensor(prompt + ids[:-1]))[len(prompt) - 1:]
+        labels = torch.tensor(ids)
+        expected, _ = linear_logps(hidden, hidden[:0], model.lm_head.weight.detach(), labels,
+                                   labels[:0])
+        assert_close(logps[row].gather(1, labels[:, None])[:, 0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_lower_precision_stays_near_float64(dtype, atol, monkeypatch):
+    # bf16 keeps 8 bits; logits here are of order 2 and pass three layers.
+    prompts, logits, original = make_prompts([3, 17, 9]), [], generate_file.next_logits
+    monkeypatch.setattr(generate_file, "next_logits",
+                        lambda *given: logits.append(original(*given)) or logits[-1])
+    for model in (make_model(GQA), make_model(GQA, dtype=dtype)):
+        list(stream(model, prompts, 1, temperature=0))
+        list(stream(model, [p + [5] for p in prompts], 1, temperature=0))
+    for exact, rounded in zip(logits[:2], logits[2:]):
+        assert (rounded - exact).abs().mean() < atol
+
+
+# ---- seeds --------------------------------------------------------------------------------------
+
+def test_a_row_depends_on_its_prompt_and_seed_only():
+    # Whole, cut in two, reversed, one by one, and with rows that stop early in its batch.
+    model, prompts = make_model(GQA), make_prompts([1, 30, 7, 7, 19, 3, 12])
+    seeds = row_seeds(5, len(prompts))
+    rows = generate(model, prompts, 25, temperature=1.5, top_p=0.9, eos_id=4, generator=seeds)
+    assert len({len(row) for row in rows}) > 2       # EOS came early in some rows
+    options = dict(temperature=1.5, top_p=0.9, eos_id=4)
+    assert generate(model, prompts, 25, generator=5, **options) == rows
+    assert generate(model, prompts[::-1], 25, generator=seeds[::-1], **options) == rows[::-1]
+    assert [generate(model, [p], 25, generator=[s], **options)[0]
+            for p, s in zip(prompts, seeds)] == rows
+    assert (generate(model, prompts[:3], 25, generator=5, **options)
+            + generate(model, prompts[3:], 25, generator=seeds[3:], **options)) == rows
+    # fewer tokens: the same beginning
+    assert generate(model, prompts, 6, generator=5, **options) == [row[:6] for row in rows]
+
+
+def test_samples_of_one_prompt_differ_and_follow_torchs_seed():
+    model, (prompt,) = make_model(MHA), make_prompts([5])
+    rows = generate(model, [prompt] * 8, 10, eos_id=None, generator=1)
+    assert len(set(map(tuple, rows))) == 8
+    torch.manual_seed(3)
+    first = generate(model, [prompt], 10), generate(model, [prompt], 10)
+    torch.manual_seed(3)
+    assert (generate(model, [prompt], 10), generate(model, [prompt], 10)) == first
+    assert first[0] != first[1]
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert generate(model, [prompt] * 8, 10, eos_id=None, generator=generators[0]) == rows
+    assert row_seeds(generators[1], 8) == row_seeds(1, 8) == row_seeds(1, 20)[:8]
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+def chi_square(counts, probs):
+    """(statistic, number of cells): Σ (n_i - n p_i)² / (n p_i) over cells of positive p."""
+    expected = counts.sum() * probs
+    used = probs > 0
+    assert counts[~used].sum() == 0
+    return float(((counts - expected)[used] ** 2 / expected[used]).sum()), int(used.sum())
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.3)])
+def test_samples_follow_the_distribution(temperature, top_p):
+    # 20,000 draws with fixed seeds. Chi-square has mean k - 1 and deviation sqrt(2 (k - 1)); a
+    # wrong temperature or nucleus gives hundreds.
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, -3.0], dtype=torch.float64)
+    probs = (logits / temperature).softmax(0)
+    by_mass, mass, kept = sorted(range(6), key=lambda i: -probs[i]), 0.0, []
+    while mass < top_p and len(kept) < 6:
+        kept.append(by_mass[len(kept)])
+        mass += float(probs[kept[-1]])
+    truth = torch.zeros(6, dtype=torch.float64)
+    truth[kept] = probs[kept] / probs[kept].sum()
+    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = sample(logits.expand(20000, 6), noise, temperature, top_p).bincount(minlength=6)
+    statistic, cells = chi_square(counts.double(), truth)
+    assert statistic < (cells - 1) + 4 * math.sqrt(2 * (cells - 1)) + 1e-9
+
+
+def test_generated_tokens_follow_the_models_distribution():
+    # First and second token of 4,000 samples of one prompt, against the model's own numbers.
+    config = LlamaConfig(**(SHAPE | {"vocab_size": 7}), num_key_value_heads=2)
+    model, prompt = make_model(config), [1, 5, 3]
+    rows = torch.tensor(generate(model, [prompt] * 4000, 2, eos_id=None, generator=0))
+    with torch.no_grad():
+        first = (model(torch.tensor(prompt))[-1] @ model.lm_head.weight.T).softmax(0)
+        second = sum(first[a] * (model(torch.tensor([*prompt, a]))[-1]
+                                 @ model.lm_head.weight.T).softmax(0) for a in range(7))
+    for column, probs in enumerate((first, second)):
+        statistic, cells = chi_square(rows[:, column].bincount(minlength=7).double(), probs)
+        assert statistic < 6 + 4 * math.sqrt(12)
+
+
+def test_nucleus_by_hand():
+    # 0.5 + 0.25 = 0.75: enough for 0.75, one more from 0.76 on; ties keep the lower ids.
+    probs = torch.tensor([[0.0625, 0.25, 0.5, 0.125, 0.0625]])
+    for top_p, kept in ((0.1, [2]), (0.5, [2]), (0.51, [1, 2]), (0.75, [1, 2]), (0.76, [1, 2, 3]),
+                        (0.9, [0, 1, 2, 3]), (0.95, [0, 1, 2, 3, 4])):
+        assert nucleus(probs, top_p)[0].nonzero()[:, 0].tolist() == kept, top_p
+    flat = torch.full((1, 8), 0.125)
+    assert nucleus(flat, 0.3)[0].nonzero()[:, 0].tolist() == [0, 1, 2]
+    # rows do not share a border
+    both = nucleus(torch.cat([probs, probs.flip(1)]), 0.6)
+    assert_close(both, torch.cat([nucleus(probs, 0.6), nucleus(probs.flip(1), 0.6)]))
+
+
+def test_noise_at_the_edges_never_picks_an_impossible_token():
+    # token 0 and the last have probability 0; noise 0 and 1 - 2^-53 are the extremes of rand
+    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]]).expand(2, 4)
+    noise = torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64)
+    assert sample(logits, noise, 1.0, 1.0).tolist() == [1, 2]
+    assert sample(logits, noise, 1.0, 0.5).tolist() == [2, 2]
+
+
+# ---- EOS, adapters, modes -----------------------------------------------------------------------
+
+def test_a_row_ends_with_eos_and_the_others_go_on():
+    model, prompts = make_model(GQA), make_prompts([9, 2, 30, 9, 14, 5])
+    free = generate(model, prompts, 30, temperature=0, eos_id=None)
+    eos_id = free[2][4]
+    cut = [row[:row.index(eos_id) + 1] if eos_id in row else row for row in free]
+    assert len({len(row) for row in cut}) > 1        # some stop, at different times
+    assert generate(model, prompts, 30, temperature=0, eos_id=eos_id) == cut
+    assert model.config.eos_token_id == 2            # left out: the model's own
+    by_default = generate(model, prompts, 30, temperature=0)
+    assert by_default == [row[:row.index(2) + 1] if 2 in row else row for row in free]
+
+
+def test_adapters_on_off_and_fresh():
+    prompts = make_prompts([4, 11])
+    base = generate(make_model(GQA), prompts, 12, temperature=0, eos_id=None)
+    fresh = add_lora(make_model(GQA), r=2, alpha=4, dropout=0.5)
+    assert generate(fresh, prompts, 12, temperature=0, eos_id=None) == base       # lora_B = 0
+    model = make_adapter(make_model(GQA))
+    policy = generate(model, prompts, 12, temperature=0, eos_id=None)
+    model.eval()
+    assert policy == [from_scratch(model, prompt, 12) for prompt in prompts] != base
+    with lora_disabled(model):
+        assert generate(model, prompts, 12, temperature=0, eos_id=None) == base
+
+
+def test_no_dropout_no_gradient_and_the_training_mode_comes_back():
+    model, prompts = make_adapter(make_model(GQA)).train(), make_prompts([4, 11])
+    rows = generate(model, prompts, 12, temperature=0, eos_id=None)
+    assert rows == generate(model.eval(), prompts, 12, temperature=0, eos_id=None)
+    model.train()
+    steps = stream(model, prompts, 12)
+    next(steps)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    steps.close()                                    # as after Ctrl-C
+    assert all(module.training for module in model.modules())
+    model(torch.tensor(prompts[0])).sum().backward()                   # weights are ordinary ones
+
+
+def test_no_prompts_no_answers():
+    assert generate(make_model(GQA), [], 5) == []
+
+
+@pytest.mark.parametrize("prompts, options, words", [
+    ([[1], []], {}, ["prompt 1", "empty"]),
+    ([[1, 61]], {}, ["prompt 0", "1..61", "0..60"]),
+    ([[1], [-1]], {}, ["prompt 1", "-1"]),
+    ([[1] * 120], dict(max_new_tokens=9), ["prompt 0", "120", "9", "128"]),
+    ([[1]], dict(max_new_tokens=0), ["max_new_tokens", "0"]),
+    ([[1]], dict(temperature=-0.5), ["temperature", "-0.5"]),
+    ([[1]], dict(temperature=math.nan), ["temperature", "nan"]),
+    ([[1]], dict(top_p=0.0), ["top_p", "0.0"]),
+    ([[1]], dict(top_p=1.5), ["top_p", "1.5"]),
+    ([[1], [2]], dict(generator=[7]), ["1 seeds", "2 prompts"])])
+def test_bad_input_is_refused_in_one_sentence(prompts, options, words):
+    with pytest.raises(ValueError) as error:
+        generate(make_model(GQA), prompts, **({"max_new_tokens": 4} | options))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_the_last_position_of_the_model_can_be_used():
+    model, (prompt,) = make_model(ROPE), make_prompts([120])
+    assert generate(model, [prompt], 8, temperature=0, eos_id=None) == [
+        from_scratch(model, prompt, 8)]
+
+
+# ---- transformers -------------------------------------------------------------------------------
+
+@each_config
+def test_greedy_equals_transformers(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(config)
+    save_llama(model, str(tmp_path))
+    other = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float64)
+    prompts = make_prompts([3, 40, 17, 1, 29])
+    length = max(map(len, prompts))
+    padded = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    rows = other.generate(input_ids=padded, attention_mask=mask, do_sample=False,
+                          max_new_tokens=64, pad_token_id=0, eos_token_id=None)[:, length:]
+    assert generate(model, prompts, 64, temperature=0, eos_id=None) == rows.tolist()
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def command(monkeypatch, capsys, tiny_model, tmp_path):
+    """command(*flags, stdin=…): run generate.py in this process; (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, stdin=(), model=tiny_model):
+        lines = iter(stdin)
+
+        def reads(prompt=""):
+            print(prompt, end="")
+            try:
+                return next(lines)
+            except StopIteration:
+                raise EOFError from None
+        monkeypatch.setattr("builtins.input", reads)
+        capsys.readouterr()
+        code = 0
+        try:
+            data.run_cli(lambda: generate_file.main(["--model", model, *map(str, flags)]))
+        except SystemExit as left:
+            code = left.code
+        return (code, *capsys.readouterr())
+    return run
+
+
+def expected_text(folder, turns, seed, new, **options):
+    model, tokenizer = load_llama(folder), data.Tokenizer(folder)
+    ids, _ = data.encode_dialogue(tokenizer, turns)
+    return tokenizer.decode(generate(model, [ids], new, generator=seed, **options)[0])
+
+
+def test_prompt_prints_one_answer(command, tiny_model):
+    code, out, _ = command("--prompt", "How do I fix it?", "--max_new_tokens", 30, "--seed", 4,
+                           "--temperature", 1, "--top_p", 0.8)
+    text = expected_text(tiny_model, [("Human", "How do I fix it?")], 4, 30, top_p=0.8)
+    assert (code, out) == (0, text + "\n") and len(text) > 10
+
+
+def test_chat_keeps_the_dialogue(command, tiny_model):
+    code, out, _ = command("--max_new_tokens", 20, "--temperature", 0, stdin=["Hello", " ", "Why?"])
+    first = expected_text(tiny_model, [("Human", "Hello")], 0, 20, temperature=0)
+    turns = [("Human", "Hello"), ("Assistant", first.strip()), ("Human", "Why?")]
+    second = expected_text(tiny_model, turns, 0, 20, temperature=0)
+    assert code == 0 and first.strip()
+    assert out == f"USER: ASSISTANT: {first}\nUSER: USER: ASSISTANT: {second}\nUSER: \n"
+
+
+def test_pieces_are_printed_as_the_whole_text_decodes(tiny_tokenizer, capsys):
+    # The emoji is four byte pieces: one at a time they would print four U+FFFD.
+    tokenizer = data.Tokenizer(tiny_tokenizer)
+    text = "the  red boat 🙂 é\n two"
+    ids = tokenizer.encode(text)
+    assert sum(tokenizer.pieces.is_byte(i) for i in ids) >= 6
+    written = []
+    original, sys.stdout.write = sys.stdout.write, lambda s: written.append(s)
+    try:
+        said = generate_file.speak(tokenizer, ([(0, token)] for token in [*ids, tokenizer.eos_id]))
+    finally:
+        sys.stdout.write = original
+    assert said == text and "".join(written) == text + "\n"
+    assert not any("\ufffd" in piece for piece in written) and len(written) > 10
+    # an answer cut inside a character ends with what decoding gives
+    broken = ids[:next(n for n, i in enumerate(ids) if tokenizer.pieces.is_byte(i)) + 2]
+    capsys.readouterr()
+    assert generate_file.speak(tokenizer, ([(0, i)] for i in broken)) == tokenizer.decode(broken)
+    assert capsys.readouterr().out == tokenizer.decode(broken) + "\n"
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_it(tiny_tokenizer, capsys):
+    tokenizer = data.Tokenizer(tiny_tokenizer)
+    ids = tokenizer.encode("the red boat")
+
+    def interrupted():
+        for token in ids:
+            yield [(0, token)]
+        raise KeyboardInterrupt
+    assert generate_file.speak(tokenizer, interrupted()) == "the red boat"
+    assert capsys.readouterr().out == "the red boat\n"
+
+
+ROWS = [{"prompt": f"{'Please. ' * (n % 5)}How do I fix number {n}?", "completion": "No."}
+        for n in range(11)]
+
+
+def test_dataset_answers_every_record(command, tiny_model, tmp_path):
+    file = write_jsonl(tmp_path / "asked.jsonl", ROWS)
+    flags = ("--dataset", file, "--out", "out.jsonl", "--max_new_tokens", 12, "--batch_size", 4,
+             "--temperature", 1, "--seed", 9)
+    code, out, error = command(*flags)
+    assert (code, out) == (0, "") and "4/11" in error and "11/11" in error and "s left" in error
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == row_seeds(9, 11)
+    for asked, row in zip(ROWS, rows):
+        assert row["prompt"] == [{"role": "user", "content": asked["prompt"]}]
+        text = expected_text(tiny_model, [("Human", asked["prompt"])], [row["seed"]], 12)
+        assert row["completion"] == text.strip()
+        assert row["tokens"] <= 12 and (row["tokens"] == 12 or row["ended"])
+    read = data.read_dataset("out.jsonl")            # our own reader takes what we write
+    assert [record.prompt for record in read] == [
+        (("Human", row["prompt"]),) for row, out in zip(ROWS, rows) if out["completion"]]
+
+
+def test_a_cut_file_is_continued_to_the_same_bytes_and_no_other_is_touched(command, tmp_path):
+    file, out = write_jsonl(tmp_path / "asked.jsonl", ROWS), tmp_path / "out.jsonl"
+    flags = ["--dataset", file, "--out", "out.jsonl", "--max_new_tokens", 12, "--batch_size", 4]
+    assert command(*flags)[0] == 0
+    whole = out.read_bytes()
+    ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]
+    for size in (0, 5, ends[2], ends[3], ends[3] + 1, ends[9] - 1, len(whole) - 1, len(whole)):
+        out.write_bytes(whole[:size])
+        assert command(*flags)[0] == 0 and out.read_bytes() == whole, size
+    # other flags, another data file, a file of somebody else
+    before = tree_of(tmp_path)
+    code, _, error = command(*flags, "--temperature", 0.1)
+    assert code == 2 and "temperature was 0.7, now 0.1" in error and "--overwrite" in error
+    assert tree_of(tmp_path) == before
+    write_jsonl(file, ROWS[:5])
+    assert "dataset_sha256" in command(*flags)[2]
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, error = command(*flags[:2], "--out", "mine.txt")
+    assert code == 2 and "mine.txt exists" in error
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert command(*flags, "--overwrite")[0] == 0 and len(out.read_text().splitlines()) == 5
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(tiny_model, tmp_path):
+    file = write_jsonl(tmp_path / "asked.jsonl", ROWS * 8)
+    flags = ["--model", tiny_model, "--dataset", file, "--max_new_tokens", "40",
+             "--batch_size", "3", "--temperature", "1"]
+    run = [sys.executable, str(ROOT / "generate.py"), *flags, "--out"]
+    out = tmp_path / "out.jsonl"
+    with subprocess.Popen([*run, str(out)], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (out.exists() and out.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert 0 < len(out.read_text().splitlines()) < len(ROWS * 8)
+    for name in ("out.jsonl", "other.jsonl"):
+        generate_file.main([*flags, "--out", str(tmp_path / name)])
+    assert out.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+
+
+def test_adapter_and_reference_flags(command, tiny_model, tmp_path):
+    model = load_llama(tiny_model)
+    save_adapter(make_adapter(model), str(tmp_path / "adapter"))
+    ask = ["--prompt", "How?", "--max_new_tokens", 20, "--temperature", 0]
+    base, adapted = command(*ask)[1], command(*ask, "--adapter", "adapter")[1]
+    assert command(*ask, "--adapter", "adapter", "--reference")[1] == base != adapted
+    with_adapter = load_adapter(load_llama(tiny_model), str(tmp_path / "adapter"))
+    tokenizer = data.Tokenizer(tiny_model)
+    ids, _ = data.encode_dialogue(tokenizer, [("Human", "How?")])
+    assert tokenizer.decode(generate(with_adapter, [ids], 20, temperature=0)[0]) + "\n" == adapted
+
+
+def test_a_long_dialogue_loses_its_beginning(command, tmp_path, tiny_tokenizer):
+    # 200 positions, 20 for the answer: BOS and the last 179 tokens of the prompt are left.
+    folder = save_tiny_model(tmp_path / "short", tiny_tokenizer, max_position_embeddings=200)
+    model, tokenizer = load_llama(folder), data.Tokenizer(folder)
+    ids, _ = data.encode_dialogue(tokenizer, [("Human", "a red boat " * 100)])
+    text = tokenizer.decode(generate(model, [ids[:1] + ids[-179:]], 20, temperature=0)[0])
+    assert command("--prompt", "a red boat " * 100, "--max_new_tokens", 20, "--temperature", 0,
+                   model=folder)[1] == text + "\n"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--reference", "--prompt", "a"], ["--reference", "--adapter"]),
+    (["--dataset", "a"], ["--dataset", "--out"]),
+    (["--dataset", "a", "--out", "b", "--prompt", "c"], ["--prompt"]),
+    (["--prompt", " "], ["--prompt", "empty"]),
+    (["--prompt", "a", "--top_p", "0"], ["top_p"]),
+    (["--prompt", "a", "--max_new_tokens", "2047"], ["2047", "2048"]),
+    (["--dataset", "a", "--out", "b", "--batch_size", "0"], ["batch_size", "0"]),
+    (["--dataset", "missing", "--out", "b"], ["missing"]),
+    (["--prompt", "a", "--adapter", "missing"], ["missing"])])
+def test_commands_refuse_in_one_sentence_and_write_nothing(command, tmp_path, flags, words):
+    code, out, error = command(*flags)
+    assert code == 2 and not out and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words) and tree_of(tmp_path) == {}
+
+
+def test_a_model_with_more_ids_than_the_tokenizer_is_refused(command, tmp_path, tiny_tokenizer):
+    folder = save_tiny_model(tmp_path / "wide", tiny_tokenizer, vocab_size=TINY_VOCAB + 64)
+    code, _, error = command("--prompt", "a", model=folder)
+    assert code == 2 and str(TINY_VOCAB) in error and str(TINY_VOCAB + 64) in error
