@@ -34,13 +34,15 @@ test: .venv/ready
 oracles: .venv-bench/ready
 	ORACLES=1 HF_HUB_OFFLINE=1 .venv-bench/bin/python -m pytest tests/test_oracle_*.py
 
-# One LoRA step against TRL + PEFT on the same pairs; needs an HH file and a Llama tokenizer.
+# One LoRA step against TRL + PEFT on the same pairs (needs an HH file and a Llama tokenizer);
+# greedy generation against transformers.
 HH ?= ../shared/data/hh_harmless_base_test/test.jsonl.gz
 TOKENIZER ?= ../shared/data/llama2_tokenizer/tokenizer.model
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) \
 	  --precision fp32 --out bench/results/step.json
+	.venv-bench/bin/python bench/generate.py --out bench/results/generate.json
 
 # The vocabulary head alone; on a GPU its tests first, then 7B's size in bf16.
 bench-kernel: .venv-bench/ready

@@ -158,8 +158,7 @@ def sample(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> T
         probs = nucleus(probs, top_p)
     cumulative = probs.cumsum(-1, dtype=torch.float64)                           # [B, V]
     # right=True: strictly above the noise, so never a token of probability 0
-    chosen = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
-    return chosen[:, 0].clamp(max=probs.shape[-1] - 1)      # noise near 1 may round up to the sum
+    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def row_seeds(generator, count: int) -> list[int]:
