@@ -2,7 +2,8 @@
 
 Read this file first. Every function takes log-probabilities of whole responses (sums over the
 response's tokens, in nats, float32) and returns `losses`, one per response or pair; the caller
-reduces them. Symbols, for a prompt x, a response y and its human score z in [0, 1]:
+reduces them. Reward models get `rewards` instead; what others proposed is in more_losses.py.
+Symbols, for a prompt x, a response y and its human score z in [0, 1]:
 
     log π(y | x)     policy_logps       what the model under training gives the response
     log π_ref(y | x) reference_logps    the same under the frozen reference; a constant
@@ -153,6 +154,64 @@ def negative_dpo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float
     Source: section 5.3, Table 3. NPO (arXiv:2404.05868) is 2/beta times this.
     """
     return -F.logsigmoid(-(beta * (policy_logps - reference_logps) + log_z))     # [R]
+
+
+def d2o_loss(policy_anchor_logps: Tensor, policy_negative_logps: Tensor,
+             reference_minus_anchor_logps: Tensor, reference_plus_negative_logps: Tensor,
+             beta: float, alpha: float) -> Tensor:
+    """-log σ((beta / K) Σ_k log π/π_r-(y_k) - alpha log π/π_r+(y_l)): no human positives.
+
+    policy_anchor_logps            [P, K] float   K self-generated responses y_k per prompt, nats
+    policy_negative_logps          [P] float      the response y_l that humans marked as bad
+    reference_minus_anchor_logps   [P, K] float   y_k under π_r-, the more harmful reference
+    reference_plus_negative_logps  [P] float      y_l under π_r+, the more helpful one
+    beta, alpha                    weights of the anchors' mean log-ratio and of the negative's
+    returns                        [P] float      loss per prompt, nats
+    Source: D2O, arXiv:2403.03419v2, Eq. 3; its gradient is Eq. 4. There K = 11, alpha = beta = 0.1
+    and both references are the model before training.
+    Note: references only shift the argument of σ. Anchors sampled from the policy of the same step
+    would hold nothing: over y ~ π the mean of grad log π(y) is 0.
+    """
+    anchor_logratios = (policy_anchor_logps - reference_minus_anchor_logps).mean(-1)     # [P]
+    negative_logratios = policy_negative_logps - reference_plus_negative_logps   # [P]
+    # beta A - alpha N, written so that K = 1 and alpha = beta give dpo_loss to the bit
+    reward_logits = (beta * (anchor_logratios - negative_logratios)
+                     + (beta - alpha) * negative_logratios)                      # [P]
+    return -F.logsigmoid(reward_logits)                                          # [P]
+
+
+def reward_model_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """-log σ(r(chosen) - r(rejected)): the reward model of Bradley and Terry, from pairs.
+
+    chosen_rewards, rejected_rewards  [P] float   r(x, y), log-odds; defined up to a constant per x
+    returns                           [P] float   loss per pair, nats
+    Source: Eq. 2.
+    Differs: the authors' code averages this over all tokens from the first that differs.
+    """
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)                      # [P]
+
+
+def pointwise_reward_model_loss(rewards: Tensor, scores: Tensor) -> Tensor:
+    """-[z log σ(r) + (1 - z) log σ(-r)]: the reward model of point-wise scores.
+
+    rewards  [R] float   r(x, y), log-odds of a good answer: P(z = 1 | x, y) = σ(r), Eq. 6
+    scores   [R] float   z in [0, 1]
+    returns  [R] float   loss per response, nats; gradient in r is σ(r) - z
+    Source: Eq. 7.
+    Differs: Eq. 7 prints log σ(1 - r) for log(1 - σ(r)), see `pointwise_dpo_loss`.
+    """
+    return -(scores * F.logsigmoid(rewards) + (1 - scores) * F.logsigmoid(-rewards))
+
+
+def mse_reward_model_loss(rewards: Tensor, scores: Tensor) -> Tensor:
+    """(z - r)²: the reward model of continuous scores.
+
+    rewards  [R] float   r(x, y), on the scale of the scores
+    scores   [R] float   z, higher = better
+    returns  [R] float   squared error per response
+    Source: Eq. 9.
+    """
+    return (scores - rewards) ** 2
 
 
 def response_logps(per_token_logps: Tensor, response_ids: Tensor, num_responses: int,

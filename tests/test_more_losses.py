@@ -1,0 +1,203 @@
+"""Every objective of more_losses.py: by hand, finite differences, relations to ulma.py's."""
+import math
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from more_losses import (bco_loss, cpo_loss, ipo_loss, kto_loss, kto_reference_point, log_odds,
+                         nca_loss, npo_loss, orpo_loss, simpo_loss)
+from ulma import negative_dpo_loss, pointwise_dpo_loss
+
+LN2, LN3 = math.log(2), math.log(3)
+
+# Every loss as a function of (policy_logps, reference_logps, scores). Pairs are rows 2p, 2p + 1;
+# length averages are log-probs over 100 (which keeps random ones below 0, as ORPO's odds need).
+LOSSES = {
+    "ipo": lambda p, r, z: ipo_loss(p[0::2], p[1::2], r[0::2], r[1::2], 0.1),
+    "nca": lambda p, r, z: nca_loss(p[0::2], p[1::2], r[0::2], r[1::2], 0.1),
+    "cpo": lambda p, r, z: cpo_loss(p[0::2], p[1::2], 0.1, 0.5),
+    "simpo": lambda p, r, z: simpo_loss(p[0::2] / 100, p[1::2] / 100, 2.0, 0.5),
+    "orpo": lambda p, r, z: orpo_loss(p[0::2] / 100, p[1::2] / 100, 0.3),
+    "kto": lambda p, r, z: kto_loss(p, r, z, 2.0, 0.1, 1.5, 0.7),
+    "bco": lambda p, r, z: bco_loss(p, r, z, 0.4, 0.1),
+    "npo": lambda p, r, z: npo_loss(p, r, 0.1),
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def random_batch(seed, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    reference = -60 + 10 * torch.randn(size, generator=generator, dtype=torch.float64)
+    policy = reference + 8 * torch.randn(size, generator=generator, dtype=torch.float64)
+    return policy.clamp(max=-1), reference, tensor([1.0, 0.0] * (size // 2), dtype=torch.float64)
+
+
+# ---- by hand ------------------------------------------------------------------------------------
+
+def test_ipo_by_hand():
+    # tau = 1/4 asks for a margin of 2: ρ = 3 and 1/2 miss it by 1/2, ρ = 0 and 0 by all of it.
+    losses = ipo_loss(tensor([-5.0, -5.0]), tensor([-7.5, -8.0]), tensor([-8.0, -5.0]),
+                      tensor([-8.0, -8.0]), tau=0.25)
+    assert losses.tolist() == [0.25, 4.0]
+
+
+def test_nca_by_hand():
+    # a = 0.1 · 10 ln 3 = ln 3, σ = 3/4; b = -ln 3, σ = 1/4: ln(4/3) + ½ ln 4 + ½ ln(4/3).
+    losses = nca_loss(tensor([10 * LN3 - 9]), tensor([-10 * LN3 - 7]), tensor([-9.0]),
+                      tensor([-7.0]), beta=0.1)
+    assert_close(losses, tensor([1.5 * math.log(4 / 3) + 0.5 * math.log(4)]))
+
+
+def test_nca_is_least_where_the_chosen_reward_is_ln_2():
+    # d/da [softplus(-a) + ½ softplus(a)] = -(1 - σ) + ½ σ = 0 at σ(a) = 2/3, a = ln 2.
+    policy_logps = tensor([LN2], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    nca_loss(policy_logps, zero, zero, zero, beta=1.0).sum().backward()
+    assert policy_logps.grad.abs() < 1e-15
+
+
+def test_cpo_by_hand():
+    # beta times the difference is 0.1 · 10 ln 3 = ln 3: ln(4/3), and SFT's 2 at half weight.
+    losses = cpo_loss(tensor([-2.0]), tensor([-2 - 10 * LN3]), beta=0.1, alpha=0.5)
+    assert_close(losses, tensor([math.log(4 / 3) + 1]))
+    assert_close(cpo_loss(tensor([-2.0]), tensor([-2.0]), beta=0.1), tensor([LN2 + 2]))
+
+
+def test_simpo_by_hand():
+    # 2 (m_w - m_l) = ln 9 less gamma = ln 3 is ln 3: ln(4/3). Margin gamma is not scaled by beta.
+    losses = simpo_loss(tensor([-1.0]), tensor([-1 - LN3]), beta=2.0, gamma=LN3)
+    assert_close(losses, tensor([math.log(4 / 3)]))
+
+
+def test_orpo_by_hand():
+    # Probabilities per token 3/4 and 1/2 have odds 3 and 1: the ratio is 3, σ(ln 3) = 3/4.
+    losses = orpo_loss(tensor([0.75]).log(), tensor([0.5]).log(), weight=0.2)
+    assert_close(losses, tensor([math.log(4 / 3) * 1.2]))
+
+
+def test_kto_by_hand():
+    # beta (ρ - z0) = 0.1 (10 ln 3 + 5 - 5) = ln 3, σ = 3/4: good 1/4, bad 3/4, times their weights.
+    policy_logps, reference_logps = torch.full((2,), 10 * LN3 + 5 - 40), torch.full((2,), -40.0)
+    losses = kto_loss(policy_logps, reference_logps, tensor([1.0, 0.0]), 5.0, beta=0.1)
+    assert_close(losses, tensor([0.25, 0.75]))
+    losses = kto_loss(policy_logps, reference_logps, tensor([1.0, 0.0]), 5.0, 0.1, 2.0, 4.0)
+    assert_close(losses, tensor([0.5, 3.0]))
+
+
+def test_ktos_reference_point_is_a_detached_mean_that_is_not_negative():
+    # ρ = 3 and 1: 2; ρ = -3 and 1: 0. A gradient through it would pull on the mismatched responses.
+    policy_logps = tensor([-7.0, -9.0], requires_grad=True)
+    point = kto_reference_point(policy_logps, tensor([-10.0, -10.0]))
+    assert point.item() == 2 and point.shape == () and not point.requires_grad
+    assert kto_reference_point(tensor([-13.0, -9.0]), tensor([-10.0, -10.0])).item() == 0
+
+
+def test_npo_by_hand():
+    # π / π_ref = 4 and 1/9, beta = 1/2: (2 / beta) ln(1 + (π / π_ref)^beta) = 4 ln 3, 4 ln(4/3).
+    policy_logps = tensor([math.log(4) - 9, -math.log(9) - 2])
+    assert_close(npo_loss(policy_logps, tensor([-9.0, -2.0]), beta=0.5),
+                 tensor([4 * LN3, 4 * math.log(4 / 3)]))
+
+
+# ---- finite differences, formulas, extremes -----------------------------------------------------
+
+@each_loss
+def test_gradient_equals_central_differences(loss):
+    policy_logps, reference_logps, scores = random_batch(seed=0)
+    policy_logps.requires_grad_()
+    loss(policy_logps, reference_logps, scores).sum().backward()
+    for i in range(len(policy_logps)):
+        step = torch.zeros_like(policy_logps)
+        step[i] = 1e-5
+        with torch.no_grad():
+            above = loss(policy_logps + step, reference_logps, scores).sum()
+            below = loss(policy_logps - step, reference_logps, scores).sum()
+        assert_close(policy_logps.grad[i], (above - below) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+@each_loss
+def test_losses_equal_their_formula_written_with_exponentials(loss):
+    # σ, odds and log spelled out with math, one row or pair at a time.
+    policy, reference, scores = random_batch(seed=1)
+    name = next(key for key, value in LOSSES.items() if value is loss)
+    log, exp = math.log, math.exp
+
+    def sigma(a):
+        return 1 / (1 + exp(-a))
+
+    def odds(m):
+        return exp(m) / (1 - exp(m))
+
+    expected, p, r = [], policy.tolist(), reference.tolist()
+    for i in range(0, 8, 2):
+        w, v = p[i] - r[i], p[i + 1] - r[i + 1]
+        m, n = p[i] / 100, p[i + 1] / 100
+        single = {"kto": (1.5 * (1 - sigma(0.1 * (w - 2))), 0.7 * (1 - sigma(0.1 * (2 - v)))),
+                  "bco": (-log(sigma(0.1 * w - 0.4)), -log(sigma(0.4 - 0.1 * v))),
+                  "npo": tuple(20 * log(1 + exp(0.1 * x)) for x in (w, v))}
+        pair = {"ipo": (w - v - 5) ** 2,
+                "nca": -log(sigma(0.1 * w)) - (log(sigma(-0.1 * w)) + log(sigma(-0.1 * v))) / 2,
+                "cpo": -log(sigma(0.1 * (p[i] - p[i + 1]))) - 0.5 * p[i],
+                "simpo": -log(sigma(2 * (m - n) - 0.5)),
+                "orpo": -m - 0.3 * log(sigma(log(odds(m)) - log(odds(n))))}
+        expected += single[name] if name in single else (pair[name],)
+    assert_close(loss(policy, reference, scores), tensor(expected, dtype=torch.float64),
+                 rtol=1e-9, atol=0)
+
+
+@each_loss
+def test_loss_and_gradient_are_finite_at_extreme_logps(loss):
+    policy_logps = tensor([-1e4, 1e4, 0.0, -1e4, 1e4, 0.0, -1e4, -1e4], requires_grad=True)
+    reference_logps = tensor([1e4, -1e4, 0.0, -1e4, 1e4, -1e4, 0.0, 1e4])
+    losses = loss(policy_logps, reference_logps, tensor([1.0, 0.0] * 4))
+    losses.sum().backward()
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+    assert policy_logps.grad.isfinite().all()
+
+
+@each_loss
+def test_losses_are_per_row_and_an_empty_batch_gives_none(loss):
+    whole = loss(*random_batch(seed=2))
+    halves = [loss(*(t[s] for t in random_batch(seed=2))) for s in (slice(0, 4), slice(4, 8))]
+    assert_close(whole, torch.cat(halves), rtol=1e-12, atol=0)
+    empty = torch.empty(0)
+    assert loss(empty, empty, empty).shape == (0,)
+
+
+def test_log_odds_is_exact_to_float32s_last_bits():
+    # Against log(p / (1 - p)) in float64, from p = e^-1e-5 (1 - p formed by subtraction in float32
+    # is off by up to 0.3 % there) to p = e^-80 (where log1p(-p) is often asked for).
+    m = -torch.logspace(-5, 1.9, 60)
+    wide = m.double()
+    exact = wide - (-torch.expm1(wide)).log()
+    assert_close(log_odds(m).double(), exact, rtol=3e-7, atol=3e-7)
+    m.requires_grad_()
+    gradient, = torch.autograd.grad(log_odds(m).sum(), m)
+    assert_close(gradient.double(), 1 / -torch.expm1(wide), rtol=1e-5, atol=0)   # d = 1 / (1 - p)
+
+
+# ---- relations (METHODS section 4) --------------------------------------------------------------
+
+def test_bco_with_a_fixed_delta_is_pointwise_dpo_with_minus_delta():
+    policy_logps, reference_logps, scores = random_batch(seed=3)
+    assert torch.equal(bco_loss(policy_logps, reference_logps, scores, 0.7, 0.1),
+                       pointwise_dpo_loss(policy_logps, reference_logps, scores, 0.1, log_z=-0.7))
+
+
+def test_npo_is_two_over_beta_times_negative_dpo():
+    policy_logps, reference_logps, _ = random_batch(seed=4)
+    assert_close(npo_loss(policy_logps, reference_logps, 0.1),
+                 20 * negative_dpo_loss(policy_logps, reference_logps, 0.1))
+
+
+def test_losses_at_the_reference():
+    # ρ = 0: BCO log 2, NCA 2 log 2, KTO 1/2, IPO 1 / (4 tau²), NPO (2 / beta) log 2.
+    logps, other = tensor([-3.0, -50.0]), tensor([-4.0, -20.0])
+    scores = tensor([1.0, 0.0])
+    assert_close(bco_loss(logps, logps, scores, 0.0, 0.1), tensor([LN2] * 2))
+    assert_close(nca_loss(logps, other, logps, other, 0.1), tensor([2 * LN2] * 2))
+    assert_close(kto_loss(logps, logps, scores, 0.0, 0.1), tensor([0.5] * 2))
+    assert_close(ipo_loss(logps, other, logps, other, 0.5), tensor([1.0] * 2))
+    assert_close(npo_loss(logps, logps, 0.1), tensor([20 * LN2] * 2))
