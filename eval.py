@@ -2,6 +2,7 @@
 
     python eval.py runs/ulma runs/dpo                 one row per run; base and optimum beside them
     python eval.py runs/hh-ulma --dataset FILE        another file than the run's held-out prompts
+    python eval.py runs/reward_model                  how often a reward model is right
 
 On the world all 288 valid answers to each of 40 test prompts are listed, so nothing is sampled and
 no judge is asked. What a model puts outside the list (off-world) enters every score as the worst
@@ -20,6 +21,7 @@ from data import Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_pro
 from kernels import linear_logps
 from lora import load_adapter, lora_disabled
 from model import Llama, load_llama
+from reward import load_reward_model, tree_rewards
 from step import adapters_off, frozen_copy, sequence_logps
 from trees import Tree, build_stream, make_trees, pack
 from ulma import response_logps
@@ -41,9 +43,8 @@ WORLD_METRICS = {
 
 # ---- the world: exact -----------------------------------------------------------------------------
 
-@torch.no_grad()
-def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tensor]:
-    """log π(y | x) of every valid answer to every prompt: [X, Y] float64 nats; and lengths [X, Y]."""
+def world_trees(tokenizer: Tokenizer, asked) -> list[Tree]:
+    """Every valid answer to every prompt, in the order of `answers`."""
     trees = []
     for verb, thing in asked:
         listed = answers(verb, thing)
@@ -51,8 +52,14 @@ def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tens
         ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1] for text, *_ in listed]
         trees += [Tree(prompt_ids, ids[i:i + ANSWERS_PER_TREE], [1.0] * ANSWERS_PER_TREE, [])
                   for i in range(0, len(ids), ANSWERS_PER_TREE)]
+    return trees
+
+
+@torch.no_grad()
+def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tensor]:
+    """log π(y | x) of every valid answer to every prompt: [X, Y] float64 nats; and lengths [X, Y]."""
     logps, lengths, device = [], [], model.lm_head.weight.device
-    for group in pack(trees, 8192):
+    for group in pack(world_trees(tokenizer, asked), 8192):
         stream = build_stream(group, device)
         hidden = model(stream.input_ids, stream.position_ids, stream.segments)
         hidden = hidden.index_select(0, stream.predict_from)                     # [N, D]
@@ -175,32 +182,89 @@ def evaluate_file(model: Llama, reference, trees: list[Tree], beta: float) -> No
                     lambda v: (-v[:, column].sum() / v[:, 2].sum()).exp(), values)
                 print(f"  perplexity of {name} responses under the {who:9}  {value:9.2f} "
                       f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(values)} responses")
-    margins = torch.cat(pairs)
+    print_accuracy(torch.cat(pairs), "implicit reward", "beta log(pi / pi_ref)")
+
+
+def print_accuracy(margins: Tensor, name: str, what: str) -> None:
+    """How often a reward, and a rule that looks at length only, prefer the better response.
+
+    margins   [P, 2] float   reward of the better less that of the worse; tokens of the worse less
+                             those of the better
+    """
     if not len(margins):
         print("  no prompt has a better and a worse response: no reward accuracy")
         return
-    for column, name in ((0, "implicit reward"), (1, "length only   ")):
+    for column, (name, rule) in enumerate((
+            (name, f"{what} is larger for the better response"),
+            ("length only", "the better response has fewer tokens"))):
         value, low, high = bootstrap(lambda v: wins(v[:, column]), margins)
-        rule = ("beta log(pi / pi_ref) is larger for the better response" if column == 0
-                else "the better response has fewer tokens")
-        print(f"  accuracy of {name}  {value:.3f} [{low:.3f}, {high:.3f}]   share of "
+        print(f"  accuracy of {name:15}  {value:.3f} [{low:.3f}, {high:.3f}]   share of "
               f"{len(margins)} pairs where {rule}; ties are halves")
+
+
+# ---- reward models --------------------------------------------------------------------------------
+
+def agreement(values: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(accuracy, Spearman's rank correlation) of values [Y] against the true rewards [Y].
+
+    Accuracy is the share of pairs with different true rewards that the values order as the truth
+    does, a tie being half right; equal values share the mean of their ranks.
+    """
+    above = [v[:, None] - v[None] for v in (values.double(), truth.double())]    # [Y, Y]
+    accuracy = wins(above[0][above[1] > 1e-9])           # sums of table entries, equal up to rounding
+    ranks = [(a > 1e-9).double().sum(1) + 0.5 * (a.abs() <= 1e-9).double().sum(1) for a in above]
+    return float(accuracy), float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, asked) -> None:
+    """Print how a reward model orders all valid answers to every prompt, against the true reward."""
+    trees = world_trees(tokenizer, asked)
+    rewards = tree_rewards(model, trees).view(len(asked), -1)                    # [X, Y]
+    lengths = torch.tensor([len(ids) for tree in trees for ids in tree.response_ids])
+    truth = torch.tensor([[r for _, r, *_ in answers(*prompt)] for prompt in asked])
+    scores = torch.tensor([[*agreement(r, t), *agreement(-n, t)] for r, t, n in zip(
+        rewards, truth, lengths.view_as(rewards))])                              # [X, 4]
+    for column, name in enumerate(("accuracy of the reward model", "rank correlation",
+                                   "accuracy of length only", "its rank correlation")):
+        value, low, high = bootstrap(lambda v: v[:, column].mean(), scores)
+        print(f"  {name:28}  {value:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"  over all pairs of the {rewards.shape[1]} answers to a prompt with different true "
+          f"rewards; means of {len(asked)} test prompts.\n  Length only prefers the shorter.")
+
+
+def evaluate_file_rewards(model: Llama, trees: list[Tree]) -> None:
+    """Print the accuracy of a reward model on the pairs of a file."""
+    rewards, lengths, pairs = tree_rewards(model, trees).cpu(), [], []
+    for tree in trees:
+        pairs += [(len(lengths) + i, len(lengths) + j) for i, j in tree.pairs]
+        lengths += [len(ids) for ids in tree.response_ids]
+    chosen, rejected = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
+    shorter = torch.tensor(lengths)[rejected] - torch.tensor(lengths)[chosen]
+    print_accuracy(torch.stack([rewards[chosen] - rewards[rejected], shorter], 1).double(),
+                   "reward model", "r(x, y)")
 
 
 # ---- runs -----------------------------------------------------------------------------------------
 
 def load_run(path: str):
-    """(policy, callable giving its reference, flags) of a finished run of train.py."""
+    """(model, callable giving its reference, flags) of a finished run of train.py.
+
+    A reward model has no reference: None.
+    """
     file = os.path.join(path, "args.json")
     if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
         raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
                                 "and final/)")
     flags = read_json(file)
-    if missing := {"model_name_or_path", "bf16", "lora_r", "dataset", "beta"} - set(flags):
+    if missing := {"method", "model_name_or_path", "bf16", "lora_r", "dataset",
+                   "beta"} - set(flags):
         raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
     dtype = torch.bfloat16 if flags["bf16"] else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")
+    final = os.path.join(path, "final")
+    if flags["method"].endswith("reward_model"):
+        return load_reward_model(final, dtype, device, flags["model_name_or_path"]), None, flags
+    base = load_llama(flags["model_name_or_path"], dtype, device)
     if flags["lora_r"]:
         model = load_adapter(base, final).eval()
         return model, partial(adapters_off, model), flags
@@ -222,6 +286,10 @@ def main() -> None:
         if args.dataset is None and os.path.abspath(flags["model_name_or_path"]) == \
                 os.path.abspath(base_model()):
             tokenizer = Tokenizer(base_model())
+            if reference_of is None:
+                print(f"{path} [95 % bootstrap interval over prompts]")
+                evaluate_world_rewards(model, tokenizer, asked)
+                continue
             if reference is None:
                 with reference_of() as frozen:
                     reference, lengths = world_logps(frozen, tokenizer, asked)
@@ -239,7 +307,10 @@ def main() -> None:
         trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
                            flags["max_length"], flags["max_prompt_length"])
         print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
-        evaluate_file(model, reference_of, trees, beta)
+        if reference_of is None:
+            evaluate_file_rewards(model, trees)
+        else:
+            evaluate_file(model, reference_of, trees, beta)
     if policies:
         table = evaluate_world(policies, reference, lengths, asked, beta)
         print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))

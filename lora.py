@@ -141,9 +141,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
 # ---- PEFT's files -------------------------------------------------------------------------------
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's names for the adapters' parameters."""
-    return {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).data
-            for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+    """PEFT's names for what is trained: the adapters, and a reward model's head."""
+    head = {f"{PREFIX}score.weight": model.score.weight.data} if hasattr(model, "score") else {}
+    return head | {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).data
+                   for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
 
 
 def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
@@ -156,11 +157,14 @@ def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
     targets = sorted({name.rpartition(".")[2] for name in layers})
     if len(matching(linear_names(model), targets)) > len(layers):
         targets = sorted(layers)                        # not on every layer of these names
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+    has_head = hasattr(model, "score")
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
+              "base_model_name_or_path": base_model,
               "r": r, "lora_alpha": layer.scaling * r, "lora_dropout": layer.dropout,
               "target_modules": targets,
               "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-              "modules_to_save": None, "use_rslora": False, "use_dora": False,
+              "modules_to_save": ["score"] if has_head else None, "use_rslora": False,
+              "use_dora": False,
               "inference_mode": True}
     if config["lora_alpha"] == int(config["lora_alpha"]):
         config["lora_alpha"] = int(config["lora_alpha"])
@@ -184,8 +188,13 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     config = read_json(file)
     if missing := {"peft_type", "r", "lora_alpha", "target_modules"} - set(config):
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
-    wrong = [f"{key} = {value!r}" for key, value in config.items() if key not in INERT_KEYS
+    wrong = [f"{key} = {value!r}" for key, value in config.items()
+             if key not in {*INERT_KEYS, "modules_to_save"}
              and value not in (None, False, {}, [], *PLAIN_KEYS.get(key, ()))]
+    # PEFT lists "classifier" beside "score" for every sequence classifier, and may repeat one
+    heads = {"score", "classifier"} if hasattr(model, "score") else set()
+    if extra := set(config.get("modules_to_save") or []) - heads:
+        wrong.append(f"modules_to_save = {sorted(extra)}")
     if wrong:
         raise ValueError(f"{file}: only plain LoRA is supported, not {', '.join(wrong)}")
     if not lora_layers(model):

@@ -15,9 +15,11 @@ from torch import Tensor
 from kernels import linear_logps
 from lora import lora_disabled
 from model import Llama
+from reward import feed_last_tokens, stream_rewards
 from trees import Stream, Tree, build_stream, pack
-from ulma import (dpo_loss, negative_dpo_loss, pointwise_dpo_loss, pointwise_mse_loss,
-                  positive_dpo_loss, response_logps, sft_loss, ulma_loss, ulma_mse_loss,
+from ulma import (dpo_loss, mse_reward_model_loss, negative_dpo_loss, pointwise_dpo_loss,
+                  pointwise_mse_loss, pointwise_reward_model_loss, positive_dpo_loss,
+                  response_logps, reward_model_loss, sft_loss, ulma_loss, ulma_mse_loss,
                   unlearning_loss, unlikelihood_loss)
 
 
@@ -25,10 +27,14 @@ from ulma import (dpo_loss, negative_dpo_loss, pointwise_dpo_loss, pointwise_mse
 
 @dataclass(frozen=True)
 class Method:
-    """What --method stands for: `loss` of log-probs of policy p and reference r, [R] each."""
+    """What --method stands for: `loss` of log-probs of policy p and reference r, [R] each.
+
+    A reward model has no reference, and p are its rewards.
+    """
     uses: str            # responses it trains on: "all", "positive", "negative" or "pairs"
     reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
     loss: object         # (p, r, stream, beta, log_z) -> losses, per response or per pair
+    p: str = "logps"     # what p is: "logps", or "rewards" of a score head
 
 
 METHODS = {
@@ -45,6 +51,12 @@ METHODS = {
     "unlearning":    Method("negative", "none", lambda p, r, s, b, c: unlearning_loss(p)),
     "negative_dpo":  Method("negative", "all", lambda p, r, s, b, c: negative_dpo_loss(p, r, b, c)),
     "unlikelihood":  Method("all", "none", lambda p, r, s, b, c: unlikelihood_loss(p, s.scores)),
+    "reward_model":  Method("pairs", "none",
+                            lambda p, r, s, b, c: reward_model_loss(*p[s.pairs].T), p="rewards"),
+    "pointwise_reward_model": Method(
+        "all", "none", lambda p, r, s, b, c: pointwise_reward_model_loss(p, s.scores), p="rewards"),
+    "mse_reward_model": Method(
+        "all", "none", lambda p, r, s, b, c: mse_reward_model_loss(p, s.scores), p="rewards"),
 }
 NEEDS_REFERENCE = {"all": lambda score: True, "negative": lambda score: score < 1,
                    "none": lambda score: False}
@@ -56,7 +68,8 @@ def check_fit(name: str, records) -> None:
     has = {"all": bool(scores), "positive": 1 in scores, "negative": 0 in scores,
            "pairs": any(len(set(record.scores)) > 1 for record in records)}
     # these are more than SFT only through their bad responses
-    needs_bad = {"ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood"}
+    needs_bad = {"ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood",
+                 "pointwise_reward_model", "mse_reward_model"}
     fit = [method for method in METHODS if has[METHODS[method].uses]
            and (method not in needs_bad or min(scores) < 1)]
     if name not in fit:
@@ -143,22 +156,24 @@ METRICS = ("rewards/positive", "rewards/negative", "logps/positive", "logps/nega
            "rewards/accuracies")
 
 
-def metric_sums(policy_logps: Tensor, reference_logps: Tensor, stream: Stream, beta: float,
-                needs_reference) -> Tensor:
-    """(sum, count) of each of METRICS over a stream: [2 · 5], detached.
+def metric_sums(logps: Tensor | None, rewards: Tensor, has_reward: list[bool],
+                stream: Stream) -> Tensor:
+    """(sum, count) of each of METRICS over a stream: [2 · 5].
 
-    rewards are beta · log-ratios, of the responses that met the reference; positive is z = 1,
-    negative z < 1; accuracies count pairs whose chosen response has the larger reward.
+    logps       [R] float, detached; None from a reward model
+    rewards     [R] float, detached: of a score head, or beta · log-ratios
+    has_reward  [R]; a policy's responses have one where they met the reference
+    Positive is z = 1, negative z < 1; accuracies count pairs whose chosen response has the larger
+    reward.
     """
-    logps, rewards = policy_logps.detach(), beta * (policy_logps.detach() - reference_logps)
     positive = stream.scores == 1                                                # [R]
-    has_reference = [needs_reference(score) for score in stream.scores.tolist()]
-    met = torch.tensor(has_reference, device=positive.device)                    # [R]
-    values = [(rewards, positive & met), (rewards, ~positive & met), (logps, positive),
-              (logps, ~positive)]
-    sums = [part for value, mask in values for part in ((value * mask).sum(), mask.sum())]
-    chosen, rejected = (rewards[stream.pairs].T if all(has_reference)
-                        else rewards.new_empty(2, 0))
+    known = torch.tensor(has_reward, device=positive.device)                     # [R]
+    masks = [positive & known, ~positive & known, positive, ~positive]
+    if logps is None:
+        logps, masks[2:] = rewards, [torch.zeros_like(positive)] * 2
+    sums = [part for value, mask in zip((rewards, rewards, logps, logps), masks)
+            for part in ((value * mask).sum(), mask.sum())]
+    chosen, rejected = rewards[stream.pairs].T if all(has_reward) else rewards.new_empty(2, 0)
     sums += [(chosen > rejected).sum(), torch.tensor(len(chosen), device=positive.device)]
     return torch.stack([part.double() for part in sums])
 
@@ -170,19 +185,26 @@ def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], c
 
     trees    this rank's; counts, of the whole batch (see `loss_weights`)
     """
-    needs_reference = NEEDS_REFERENCE[method.reference]
+    needs_reference, is_reward_model = NEEDS_REFERENCE[method.reference], method.p == "rewards"
+    trees = feed_last_tokens(trees) if is_reward_model else trees
     totals = torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64, device=device)
     for group in pack(trees, micro_tokens):
         stream = build_stream(group, device)
-        reference_stream = (stream if method.reference == "all"
-                            else build_stream(group, device, needs_reference))
-        policy_logps, reference_logps = sequence_logps(                          # [R], [R]
-            model, reference, stream, reference_stream, mean_logps, linear_logps)
-        losses = method.loss(policy_logps, reference_logps, stream, beta, log_z)  # [R] or [P]
+        if is_reward_model:
+            policy, frozen = stream_rewards(model, stream), None                  # [R]
+            metrics = metric_sums(None, policy.detach(), [True] * len(policy), stream)
+        else:
+            reference_stream = (stream if method.reference == "all"
+                                else build_stream(group, device, needs_reference))
+            policy, frozen = sequence_logps(                                      # [R], [R]
+                model, reference, stream, reference_stream, mean_logps, linear_logps)
+            metrics = metric_sums(policy.detach(), beta * (policy.detach() - frozen),
+                                  [needs_reference(z) for z in stream.scores.tolist()], stream)
+        losses = method.loss(policy, frozen, stream, beta, log_z)                 # [R] or [P]
         loss = (losses * loss_weights(stream.scores, stream.pairs, counts, reduction,
                                       method.uses)).sum()
         loss.backward()
         totals[0] += loss.detach()
         totals[1] += len(stream.input_ids)
-        totals[2:] += metric_sums(policy_logps, reference_logps, stream, beta, needs_reference)
+        totals[2:] += metrics
     return totals

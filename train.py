@@ -34,6 +34,7 @@ from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
 from lora import add_lora
 from model import Llama, load_llama
+from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
                   frozen_copy)
 from tokenizer import Tokenizer, copy_tokenizer
@@ -207,6 +208,9 @@ def check_flags(args) -> None:
     if bool(args.dataset) != bool(args.model_name_or_path):
         raise ValueError("--dataset and --model_name_or_path go together (leave out both for the "
                          "embedded world)")
+    if METHODS[args.method].p == "rewards" and args.lora_r == 0:
+        raise ValueError(f"--method {args.method} trains an adapter and a head; --lora_r must be "
+                         "at least 1")
     if args.bf16 and args.lora_r == 0:
         raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
                          "weights in float32")
@@ -234,7 +238,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("optimization").add_argument
     flag("--learning_rate", type=float, default=1e-5, help="peak")
     flag("--batch_size", type=int, default=64,
-         help="responses per step over all ranks; pairs for dpo")
+         help="responses per step over all ranks; pairs for dpo and reward_model")
     flag("--num_train_epochs", type=float, default=1.0, help="passes over the data")
     flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
     flag("--warmup_steps", type=float, default=0, help="linear warm-up; < 1 is a fraction")
@@ -302,6 +306,8 @@ def prepare(args, rank: int, device):
         dropout = args.lora_dropout if method.reference == "none" else 0.0
         add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target_modules)
         reference = partial(adapters_off, model)
+        if method.p == "rewards":
+            add_score_head(model)
     elif method.reference != "none":
         reference = partial(frozen_copy, copy.deepcopy(model).requires_grad_(False))
     if rank == 0:
@@ -326,7 +332,8 @@ def main(argv=None) -> None:
         if world_size > 1:
             dist.barrier()
         args.model_name_or_path = base_model()
-        args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else "points")
+        args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else
+                                 "ratings" if args.method == "mse_reward_model" else "points")
     model, reference, trees, batches, tokenizer = prepare(args, rank, device)
     flags = vars(args) | {"dataset_sha256": sha256(args.dataset)}
     if rank == 0:

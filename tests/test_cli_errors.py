@@ -109,11 +109,12 @@ def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_pa
     # Points have no pairs; all-good points have nothing a method with a bad half could use.
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*POINTS, POINTS[0] | {"label": False}])
     fit = ("ulma, ulma_mse, pointwise_dpo, pointwise_mse, sft, positive_dpo, unlearning, "
-           "negative_dpo, unlikelihood\n")
+           "negative_dpo, unlikelihood, pointwise_reward_model, mse_reward_model\n")
     has(refused("--method", "dpo", dataset=mixed), "--method dpo", "no prompt has a better",
         "methods that fit: " + fit)
     good = write_jsonl(tmp_path / "good.jsonl", POINTS)
-    for method in ("ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood"):
+    for method in ("ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood",
+                   "pointwise_reward_model", "mse_reward_model"):
         has(refused("--method", method, dataset=good), f"--method {method}",
             "no response has z < 1", "methods that fit: sft, positive_dpo\n")
     for method in ("unlearning", "negative_dpo"):

@@ -12,6 +12,7 @@ import torch
 from kernels import linear_logps
 from lora import add_lora
 from model import Llama, LlamaConfig
+from reward import add_score_head
 from step import METHODS, adapters_off, backward_batch, batch_counts
 from train import trainable
 from trees import Tree, shard
@@ -19,13 +20,15 @@ from trees import Tree, shard
 ROOT = Path(__file__).parents[1]
 
 
-def make_model(dtype=torch.float64, seed=0):
+def make_model(dtype=torch.float64, seed=0, score_head=False):
     torch.manual_seed(seed)
     model = Llama(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48,
                               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
     add_lora(model, r=4, alpha=8, dropout=0.0)
-    for name, p in trainable(model).items():          # B = 0 would hide the policy's log-ratio
-        if name.endswith("lora_B"):
+    if score_head:
+        add_score_head(model)
+    for name, p in trainable(model).items():          # 0 would hide the log-ratio and the reward
+        if name.endswith("lora_B") or name == "score.weight":
             torch.nn.init.normal_(p, std=0.05)
     return model.to(dtype)
 
@@ -66,7 +69,7 @@ def usable(trees, uses):
 def gradient(trees, name, shares=None, micro_tokens=8192, reduction="mean", mean_logps=False,
              dtype=torch.float64, linear_logps=linear_logps):
     """(loss, flat gradient) of one batch, its trees dealt to `shares` ranks played in turn."""
-    model = make_model(dtype)
+    model = make_model(dtype, score_head=METHODS[name].p == "rewards")
     for share in shares or [trees]:
         total = backward_batch(model, partial(adapters_off, model), METHODS[name], share,
                                batch_counts(trees), beta=0.3, log_z=0.2, mean_logps=mean_logps,
@@ -78,30 +81,37 @@ def gradient(trees, name, shares=None, micro_tokens=8192, reduction="mean", mean
 
 def plain_gradient(trees, name, reduction, mean_logps):
     """The same by tests/plain.py: padded rows, one per response, losses written out again here."""
-    from plain import plain_logps
-    model = make_model()
+    from plain import plain_hidden, plain_logps
+    model = make_model(score_head=METHODS[name].p == "rewards")
     config = model.config
     weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    adapters = {key: value.requires_grad_() for key, value in weights.items() if "lora_" in key}
-    base = {key: value for key, value in weights.items() if "lora_" not in key}
+    adapters = {key: value.requires_grad_() for key, value in weights.items()
+                if key in trainable(model)}
+    base = {key: value for key, value in weights.items() if key not in adapters}
     rows = [(tree.prompt_ids, ids, z) for tree in trees
             for ids, z in zip(tree.response_ids, tree.scores)]
     examples = [(prompt_ids, ids) for prompt_ids, ids, _ in rows]
     policy = plain_logps(base | adapters, config, examples, scaling=2.0)
     frozen = plain_logps(base, config, examples).detach()
+    if METHODS[name].p == "rewards":                  # at the last token, wherever a row ends
+        hidden = plain_hidden(base | adapters, config, [p + y for p, y in examples], scaling=2.0)
+        last = torch.stack([row[len(p + y) - 1] for row, (p, y) in zip(hidden, examples)])
+        policy = last @ adapters["score.weight"][0]
     if mean_logps:
         lengths = torch.tensor([len(ids) for _, ids in examples], dtype=torch.float64)
         policy, frozen = policy / lengths, frozen / lengths
     z = torch.tensor([row[2] for row in rows], dtype=torch.float64)
     sigmoid = torch.sigmoid
-    if name == "dpo":
+    if METHODS[name].uses == "pairs":
         pairs, first = [], 0
         for tree in trees:
             pairs += [(first + i, first + j) for i, j in tree.pairs]
             first += len(tree.scores)
         i, j = torch.tensor(pairs).T
-        losses = -torch.log(sigmoid(0.3 * ((policy - frozen)[i] - (policy - frozen)[j])))
-        loss = losses.mean()
+        margins = policy[i] - policy[j]
+        if name == "dpo":
+            margins = 0.3 * (margins - frozen[i] + frozen[j])
+        loss = -torch.log(sigmoid(margins)).mean()
     else:
         h = 0.3 * (policy - frozen) + 0.2
         losses = {
@@ -111,6 +121,9 @@ def plain_gradient(trees, name, reduction, mean_logps):
             "ulma": -z * policy - (1 - z) * torch.log(1 - sigmoid(h)),
             "ulma_mse": (z - h) ** 2 - (z == 1) * policy,
             "positive_dpo": -torch.log(sigmoid(h)), "negative_dpo": -torch.log(1 - sigmoid(h)),
+            "pointwise_reward_model": (-z * torch.log(sigmoid(policy))
+                                       - (1 - z) * torch.log(1 - sigmoid(policy))),
+            "mse_reward_model": (z - policy) ** 2,
         }[name]
         if reduction == "mean":
             loss = losses.mean()
@@ -142,12 +155,12 @@ def test_the_authors_reductions_equal_the_plain_implementation(name):
     torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ulma", "dpo", "ulma_mse"])
+@pytest.mark.parametrize("name", ["ulma", "dpo", "ulma_mse", "reward_model", "mse_reward_model"])
 @pytest.mark.parametrize("reduction", ["mean", "class"])
 def test_packing_micro_batches_and_sharing_change_nothing(name, reduction):
     trees = usable(make_trees(), METHODS[name].uses)
     loss, grad = gradient(trees, name, reduction=reduction)
-    split = trees if name == "dpo" else [
+    split = trees if METHODS[name].uses == "pairs" else [
         Tree(tree.prompt_ids, [ids], [z], [])
         for tree in trees for ids, z in zip(tree.response_ids, tree.scores)]
     for other, micro_tokens in ((trees, 1), (trees, 40), (trees[::-1], 8192), (split, 50)):
@@ -183,11 +196,12 @@ from test_step import *
 from train import all_reduce_sum_, set_up_processes
 import torch.distributed as dist
 rank, world_size, _ = set_up_processes()
-trees, model = make_trees(), make_model()
+method = METHODS[{name!r}]
+trees, model = usable(make_trees(), method.uses), make_model(score_head=method.p == "rewards")
 # skewed on purpose: rank 0 gets every tree that has a negative first
 shares = [[t for t in trees if t.scores[0] == 0], [t for t in trees if t.scores[0] != 0], []]
-total = backward_batch(model, partial(adapters_off, model), METHODS["ulma"],
-                       shares[rank], batch_counts(trees), beta=0.3, log_z=0.2,
+total = backward_batch(model, partial(adapters_off, model), method, shares[rank],
+                       batch_counts(trees), beta=0.3, log_z=0.2,
                        mean_logps=False, reduction="class", micro_tokens=40)
 parameters = list(trainable(model).values())
 total = all_reduce_sum_(parameters, total)
@@ -197,18 +211,21 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_gloo_ranks_with_skewed_classes_give_the_gradient_of_one_process(tmp_path, world_size):
+@pytest.mark.parametrize("name, world_size", [("ulma", 2), ("ulma", 3), ("reward_model", 2),
+                                              ("pointwise_reward_model", 2)])
+def test_gloo_ranks_with_skewed_classes_give_the_gradient_of_one_process(tmp_path, name,
+                                                                         world_size):
     # Per-rank class means would be off by tens of percent here; rank 2 of 3 has no tree at all.
     script, out = tmp_path / "ranks.py", str(tmp_path / "out.pt")
-    script.write_text(RANK_SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), out=out))
+    script.write_text(RANK_SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), out=out,
+                                         name=name))
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                           f"--nproc_per_node={world_size}", str(script)], cwd=tmp_path,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
                          text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     total, grad = torch.load(out, weights_only=True)
-    loss, expected = gradient(make_trees(), "ulma", reduction="class")
+    loss, expected = gradient(usable(make_trees(), METHODS[name].uses), name, reduction="class")
     assert float(total[0]) == pytest.approx(loss, rel=1e-9)
     torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9)
 
