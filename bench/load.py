@@ -138,8 +138,9 @@ def watch(folder: Path, device: str) -> list[dict]:
 
     raises  RuntimeError if it failed, or was stopped because the machine ran out of memory
     """
-    worker = subprocess.Popen([sys.executable, __file__, "--worker", str(folder), "--device", device],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    command = [sys.executable, __file__, "--worker", str(folder), "--device", device]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              bufsize=1)
     peaks, over = {"RssAnon": 0, "RssFile": 0}, threading.Event()
     low = available()
 
@@ -221,12 +222,13 @@ def measure(config, source: str, device: str, directory: str | None, keep: bool,
         else:
             shutil.rmtree(folder)
     cpuinfo = Path("/proc/cpuinfo").read_text()
+    bf16 = sorted(set(re.findall(r"avx512_bf16|amx_bf16", cpuinfo)))
     return {
         "hardware": {"cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
                      "threads": stages[0]["threads"], "load_before": load,
                      "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
                      "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                     "bf16_instructions": sorted(set(re.findall(r"avx512_bf16|amx_bf16", cpuinfo)))},
+                     "bf16_instructions": bf16},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "safetensors": safetensors.__version__},
         "source": source, "files": files, "weights_gb": size / 1e9, "stages": stages,

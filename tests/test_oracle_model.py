@@ -98,7 +98,8 @@ def test_we_read_what_transformers_4_saved(shape, shard_bytes, tmp_path):
     else:
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({
             "metadata": {"total_size": 1},
-            "weight_map": {k: name for part, name in zip(parts, names, strict=True) for k in part}}))
+            "weight_map": {k: name for part, name in zip(parts, names, strict=True)
+                           for k in part}}))
     for part, name in zip(parts, names, strict=True):
         torch.save(part, os.path.join(tmp_path, name))
     assert_same_logits(load_llama(str(tmp_path)), theirs)
