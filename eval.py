@@ -12,12 +12,15 @@ import argparse
 import json
 import math
 import os
+import sys
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from data import Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
+from intervals import bootstrap, wins
+import judge
 from kernels import linear_logps
 from lora import load_adapter, lora_disabled
 from model import Llama, load_llama
@@ -145,20 +148,6 @@ def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
 
 # ---- files: held-out likelihoods ------------------------------------------------------------------
 
-def bootstrap(statistic, rows: Tensor, draws: int = 1000) -> tuple[float, float, float]:
-    """(value, low, high): statistic(rows [n, …]) and its 95 % percentile interval over prompts."""
-    generator = torch.Generator().manual_seed(0)
-    values = sorted(float(statistic(rows[torch.randint(len(rows), (len(rows),),
-                                                       generator=generator)]))
-                    for _ in range(draws))
-    return float(statistic(rows)), values[int(0.025 * draws)], values[int(0.975 * draws)]
-
-
-def wins(margins: Tensor) -> Tensor:
-    """Share of positive margins, a zero margin counting one half."""
-    return (margins > 0).double().mean() + 0.5 * (margins == 0).double().mean()
-
-
 @torch.no_grad()
 def evaluate_file(model: Llama, reference, trees: list[Tree], beta: float) -> None:
     """Print perplexities and the accuracy of the implicit reward, each with its definition."""
@@ -278,6 +267,8 @@ def main() -> None:
     parser.add_argument("--dataset", help="evaluate on this file, not on what the run held out")
     parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
     parser.add_argument("--json", help="also write the world's table here")
+    if sys.argv[1:2] == ["judge"]:
+        return judge.main(sys.argv[2:])
     args = parser.parse_args()
     policies, asked, reference = {}, held_out_prompts(), None
     for path in args.runs:
