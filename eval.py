@@ -3,6 +3,8 @@
     python eval.py runs/ulma runs/dpo                 one row per run; base and optimum beside them
     python eval.py runs/hh-ulma --dataset FILE        another file than the run's held-out prompts
     python eval.py runs/reward_model                  how often a reward model is right
+    python eval.py --heatmap runs/ulma --html h.html  the tokens a run likes more than its reference
+    python eval.py judge --help                       win, tie, lose by a judge or a reward model
 
 On the world all 288 valid answers to each of 40 test prompts are listed, so nothing is sampled and
 no judge is asked. What a model puts outside the list (off-world) enters every score as the worst
@@ -18,9 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data import Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
-from intervals import bootstrap, wins
 import judge
+from checkpoint import write_text
+from data import Record, Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
+from heatmap import page, print_responses, responses_of
+from intervals import bootstrap, wins
 from kernels import linear_logps
 from lora import load_adapter, lora_disabled
 from model import Llama, load_llama
@@ -260,6 +264,50 @@ def load_run(path: str):
     return load_llama(final, dtype, device).eval(), partial(frozen_copy, base), flags
 
 
+def evaluated_records(path: str, flags: dict, dataset: str | None):
+    """(file, records): those of --dataset, else what the run at `path` held out of its own data."""
+    file = dataset or flags["dataset"]
+    records = read_dataset(file)
+    if dataset is None:
+        records = split_by_prompt(records, flags["held_out"])[1]
+    if not records:
+        raise ValueError(f"{path} held out nothing of {file}: train it with --held_out, or "
+                         "pass --dataset")
+    return file, records
+
+
+def on_world(flags: dict, dataset: str | None) -> bool:
+    return dataset is None and os.path.abspath(flags["model_name_or_path"]) == os.path.abspath(
+        base_model())
+
+
+def best_and_worst(asked) -> list[Record]:
+    """The world's prompts with the answers of the largest and the smallest true reward."""
+    lists = [sorted(answers(*prompt), key=lambda answer: -answer[1]) for prompt in asked]
+    return [Record((("Human", question(*prompt)),), (listed[0][0], listed[-1][0]), (1.0, 0.0),
+                   "world") for prompt, listed in zip(asked, lists)]
+
+
+def show_heatmap(paths: list[str], dataset: str | None, beta: float | None, first: int,
+                 html: str | None) -> None:
+    """Colour the tokens of every run's first records; write the page if `html` names a file."""
+    runs = {}
+    for path in paths:
+        model, reference, flags = load_run(path)
+        records = (best_and_worst(held_out_prompts()) if on_world(flags, dataset)
+                   else evaluated_records(path, flags, dataset)[1])
+        tokenizer = Tokenizer(flags["model_name_or_path"])
+        trees = make_trees(records[:first], tokenizer, "all", flags["max_length"],
+                           flags["max_prompt_length"])
+        runs[path] = [response for tree in trees for response in responses_of(
+            model, reference, tokenizer, tree, flags["beta"] if beta is None else beta)]
+        print(f"\n{path}")
+        print_responses(runs[path], sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    if html:
+        write_text(html, page(runs))
+        print(f"\n{html}: the same as a page")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,15 +315,23 @@ def main() -> None:
     parser.add_argument("--dataset", help="evaluate on this file, not on what the run held out")
     parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
     parser.add_argument("--json", help="also write the world's table here")
+    parser.add_argument("--heatmap", action="store_true",
+                        help="instead: colour each token by beta log(pi / pi_ref)")
+    parser.add_argument("--first", type=int, default=3, help="with --heatmap: how many records (3)")
+    parser.add_argument("--html", help="with --heatmap: also write it as a page here")
     if sys.argv[1:2] == ["judge"]:
         return judge.main(sys.argv[2:])
     args = parser.parse_args()
+    if args.first < 1 or (args.html and not args.heatmap):
+        raise ValueError(f"--first is {args.first}; expected at least 1" if args.first < 1 else
+                         "--html goes with --heatmap")
+    if args.heatmap:
+        return show_heatmap(args.runs, args.dataset, args.beta, args.first, args.html)
     policies, asked, reference = {}, held_out_prompts(), None
     for path in args.runs:
         model, reference_of, flags = load_run(path)
         beta = flags["beta"] if args.beta is None else args.beta
-        if args.dataset is None and os.path.abspath(flags["model_name_or_path"]) == \
-                os.path.abspath(base_model()):
+        if on_world(flags, args.dataset):
             tokenizer = Tokenizer(base_model())
             if reference_of is None:
                 print(f"{path} [95 % bootstrap interval over prompts]")
@@ -288,13 +344,7 @@ def main() -> None:
             policies[os.path.basename(os.path.normpath(path))] = world_logps(
                 model, tokenizer, asked)[0]
             continue
-        file = args.dataset or flags["dataset"]
-        records = read_dataset(file)
-        if args.dataset is None:
-            records = split_by_prompt(records, flags["held_out"])[1]
-        if not records:
-            raise ValueError(f"{path} held out nothing of {file}: train it with --held_out, or "
-                             "pass --dataset")
+        file, records = evaluated_records(path, flags, args.dataset)
         trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
                            flags["max_length"], flags["max_prompt_length"])
         print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")

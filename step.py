@@ -97,34 +97,46 @@ def frozen_copy(model):
 
 # ---- one micro-batch ----------------------------------------------------------------------------
 
-def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
-                   mean: bool = False, linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
-    """log π(y | x) and log π_ref(y | x) of every response of a stream: [R] each, float32, nats.
+def token_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
+                linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
+    """log π and log π_ref of every scored token of a stream: [N], [M] float32, nats.
 
     model             the policy
     reference         context manager inside which it gives the model to use as reference
-    reference_stream  the same trees with only the responses that need a reference (others get 0)
-    mean              length averages, as in the authors' code
+    reference_stream  the same trees with only the responses that need a reference; None for none
     linear_logps      which of kernels/ computes them
     """
     hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
     hidden, head = hidden.index_select(0, stream.predict_from), model.lm_head.weight     # [N, D]
     reference_hidden, reference_labels = hidden.new_empty(0, hidden.shape[1]), stream.labels[:0]
-    owners, reference_head = stream.response_ids[:0], head
+    reference_head = head
     if reference_stream is not None:
         with torch.no_grad(), reference() as frozen:
             reference_hidden = frozen(reference_stream.input_ids, reference_stream.position_ids,
                                       reference_stream.segments)
             reference_hidden = reference_hidden.index_select(0, reference_stream.predict_from)
             reference_head = frozen.lm_head.weight
-        reference_labels, owners = reference_stream.labels, reference_stream.response_ids
+        reference_labels = reference_stream.labels
     if reference_head is head:
-        policy, frozen = linear_logps(hidden, reference_hidden, head, stream.labels,
-                                      reference_labels)                          # [N], [M]
-    else:                                      # all weights are trained, the head among them
-        policy, _ = linear_logps(hidden, hidden[:0], head, stream.labels, stream.labels[:0])
-        _, frozen = linear_logps(hidden[:0].detach(), reference_hidden, reference_head,
-                                 reference_labels[:0], reference_labels)
+        return linear_logps(hidden, reference_hidden, head, stream.labels,
+                            reference_labels)                                    # [N], [M]
+    # all weights are trained, the head among them
+    policy, _ = linear_logps(hidden, hidden[:0], head, stream.labels, stream.labels[:0])
+    _, frozen = linear_logps(hidden[:0].detach(), reference_hidden, reference_head,
+                             reference_labels[:0], reference_labels)
+    return policy, frozen
+
+
+def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
+                   mean: bool = False, linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
+    """log π(y | x) and log π_ref(y | x) of every response of a stream: [R] each, float32, nats.
+
+    mean    length averages, as in the authors' code
+    others  see `token_logps`; a response left out of reference_stream gets 0
+    """
+    policy, frozen = token_logps(model, reference, stream, reference_stream,
+                                 linear_logps)                                   # [N], [M]
+    owners = stream.response_ids[:0] if reference_stream is None else reference_stream.response_ids
     return (response_logps(policy, stream.response_ids, len(stream.scores), mean),
             response_logps(frozen, owners, len(stream.scores), mean))
 

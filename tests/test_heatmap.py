@@ -1,0 +1,251 @@
+"""The heat map: its numbers are the model's, its colours readable, its texts stay texts."""
+import html.parser
+import json
+import re
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import save_tiny_model, write_jsonl
+
+import eval as evaluate
+from data import Record, Tokenizer
+from heatmap import (LESS, MORE, NEITHER, Response, Token, ansi, colour, colour_limit, join_bytes,
+                     page, print_responses, responses_of, visible)
+from lora import add_lora, save_adapter
+from model import load_llama
+from step import adapters_off, frozen_copy, sequence_logps, token_logps
+from trees import build_stream, make_trees
+
+TEXTS = ("My friend paints a red boat.", "né 😀中", "")
+RECORDS = [Record((("Human", "How do I fix it?"),), TEXTS[:2], (1.0, 0.0), "f:1"),
+           Record((("Human", "Who sold the garden door?"),), ("Nobody.",), (0.25,), "f:2")]
+
+
+def lora_model(path):
+    torch.manual_seed(0)
+    model = load_llama(path)
+    add_lora(model, r=4, alpha=8, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):                # 0 would make policy and reference the same
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("trained", ["adapters", "all weights"])
+def test_token_logps_sum_to_sequence_logps(tiny_model, tiny_tokenizer, tmp_path, trained):
+    # also with a reference that leaves out the responses with z = 1
+    if trained == "adapters":
+        model = lora_model(tiny_model)
+        reference = partial(adapters_off, model)
+    else:
+        model = load_llama(save_tiny_model(tmp_path / "other", seed=1))
+        reference = partial(frozen_copy, load_llama(tiny_model))
+    trees = make_trees(RECORDS, Tokenizer(tiny_tokenizer))
+    stream = build_stream(trees)
+    for other in (stream, build_stream(trees, wanted=lambda score: score < 1), None):
+        policy, frozen = token_logps(model, reference, stream, other)
+        totals = sequence_logps(model, reference, stream, other)
+        assert len(policy) == len(stream.labels) and len(frozen) == (
+            0 if other is None else len(other.labels))
+        for logps, owners, total in ((policy, stream.response_ids, totals[0]),
+                                     (frozen, None if other is None else other.response_ids,
+                                      totals[1])):
+            sums = torch.zeros(3)
+            if owners is not None:
+                sums.index_add_(0, owners, logps.detach())
+            torch.testing.assert_close(sums, total.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_values_are_those_of_one_sequence_at_a_time_and_sum_to_the_implicit_reward(tiny_model):
+    model, tokenizer = lora_model(tiny_model), Tokenizer(tiny_model)
+    reference = partial(adapters_off, model)
+    tree = make_trees(RECORDS[:1], tokenizer)[0]
+    first, second = responses_of(model, reference, tokenizer, tree, beta=0.3)
+
+    def alone(ids):                                # full logits, no tree, no kernel
+        hidden = model(torch.tensor(tree.prompt_ids + ids[:-1]))[len(tree.prompt_ids) - 1:]
+        return (hidden @ model.lm_head.weight.T).log_softmax(-1)[range(len(ids)), ids]
+
+    for response, ids in zip((first, second), tree.response_ids):
+        with torch.no_grad():
+            policy = alone(ids)
+            with adapters_off(model):
+                frozen = alone(ids)
+        assert response.reward == pytest.approx(0.3 * float((policy - frozen).sum()), abs=1e-5)
+        assert sum(t.value for t in response.tokens) == pytest.approx(response.reward, abs=1e-9)
+        assert sum(t.policy_logp for t in response.tokens) == pytest.approx(
+            float(policy.sum()), abs=1e-4)
+        assert len({round(t.value, 6) for t in response.tokens}) > 3           # not a mean
+    assert [t.value for t in first.tokens] == pytest.approx(      # no byte tokens: one by one
+        (0.3 * (alone(tree.response_ids[0]).detach() - frozen_alone(model, alone, tree))).tolist(),
+        abs=1e-5)
+    assert (first.score, second.score) == (1.0, 0.0)
+
+
+def frozen_alone(model, alone, tree):
+    with torch.no_grad(), adapters_off(model):
+        return alone(tree.response_ids[0])
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["plain words", "né 😀中", "line\n\nend", "tab\t!", "a < b & c"])
+def test_joined_bytes_give_the_text_back(tiny_tokenizer, text):
+    tokenizer = Tokenizer(tiny_tokenizer)
+    ids = tokenizer.encode(text)
+    shown = join_bytes(tokenizer, ids)
+    assert "".join(part for part, _ in shown) == " " + text
+    assert sum(count for _, count in shown) == len(ids)
+    assert "\ufffd" not in "".join(part for part, _ in shown)
+
+
+def test_broken_bytes_are_shown_and_lose_no_token(tiny_tokenizer):
+    # half of 😀, then a whole 中, then a lone continuation byte, then a word
+    tokenizer = Tokenizer(tiny_tokenizer)
+    byte = {value: tokenizer.pieces.piece_to_id(f"<0x{value:02X}>") for value in range(256)}
+    raw = "😀".encode()[:2] + "中".encode() + b"\x80"
+    ids = [byte[value] for value in raw] + tokenizer.encode("it")
+    shown = join_bytes(tokenizer, ids)
+    assert "".join(text for text, _ in shown) == "\ufffd中\ufffd it"
+    assert sum(count for _, count in shown) == len(ids) and (("中", 3) in shown)
+    assert join_bytes(tokenizer, ids[:1]) == [("\ufffd", 1)]
+
+
+def test_nothing_in_a_text_steers_the_terminal(capsys):
+    hostile = "\x1b[2J\x9b31m\r\b\u202egnp\x07 ok\nnext"
+    assert visible(hostile) == "\\x1b[2J\\x9b31m\\r\\x08\\u202egnp\\x07 ok↵\nnext"
+    response = Response(hostile, [Token(hostile, -1.0, -2.0, 0.1)], 1.0, 0.1)
+    for colours in (False, True):
+        print_responses([response], colours)
+        out = capsys.readouterr().out
+        ours = re.compile(r"\033\[(\d+;)*\d+m")
+        assert ours.sub("", out).replace("\n", "").isprintable()
+        assert ("\033" in out) == colours
+
+
+# ---- colours ------------------------------------------------------------------------------------
+
+def luminance(rgb):
+    """WCAG 2 relative luminance."""
+    parts = [part / 255 for part in rgb]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055)**2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_diverge_from_the_middle_and_saturate():
+    assert colour(0.0, 2.0) == NEITHER and colour(-0.0, 2.0) == NEITHER
+    assert colour(2.0, 2.0) == colour(9.0, 2.0) == MORE and colour(-2.0, 2.0) == LESS
+    assert colour(1.0, 2.0) == tuple(round((a + b) / 2) for a, b in zip(NEITHER, MORE))
+    tokens = [Token("a", 0.0, 0.0, value / 100) for value in range(-100, 100)]
+    assert colour_limit([Response("p", tokens, 1.0, 0.0)]) == pytest.approx(0.95, abs=0.02)
+    assert colour_limit([Response("p", [Token("a", 0.0, 0.0, 0.0)], 1.0, 0.0)]) > 0
+
+
+def test_black_text_is_readable_on_every_colour_in_both_palettes():
+    # WCAG AA: contrast (L + .05) / .05 of at least 4.5 with black
+    levels = [0, 95, 135, 175, 215, 255]
+    for step in range(-50, 51):
+        rgb = colour(step / 50, 1.0)
+        index = int(re.search(r"48;5;(\d+)m", ansi("x", step / 50, 1.0, False))[1]) - 16
+        cube = [levels[index // 36], levels[index // 6 % 6], levels[index % 6]]
+        for shown in (rgb, cube):
+            assert (luminance(shown) + 0.05) / 0.05 >= 4.5
+        for part, shown in zip(rgb, cube):                                # the nearest level
+            assert abs(part - shown) == min(abs(part - level) for level in levels)
+    assert "48;2;%d;%d;%dm" % MORE in ansi("x", 1.0, 1.0, True)
+
+
+def test_a_line_end_does_not_carry_the_colour_on():
+    assert ansi("a\nb", 0.0, 1.0, True).split("\n")[0].endswith("\033[0m")
+    assert ansi("\n", 0.0, 1.0, True) == "\n"
+
+
+# ---- page ---------------------------------------------------------------------------------------
+
+class Reader(html.parser.HTMLParser):
+    """Raises on a tag that does not close; collects tags, attributes and text."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attributes]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_a_response_cannot_write_markup():
+    hostile = '<script>alert(1)</script>" onmouseover="x" style="{y}" \'&amp;'
+    tokens = [Token(hostile, -1.5, -2.5, 0.1), Token("😀", -1.0, -0.5, -0.05)]
+    text = page({"<b>run</b>": [Response("<i>ask</i>\x1b {x}", tokens, 1.0, 0.05)]})
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == [] and text.startswith("<!DOCTYPE html>")
+    assert set(reader.tags) == {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p",
+                                "sub", "span"}
+    assert {name for _, name, _ in reader.attributes} <= {
+        "lang", "charset", "http-equiv", "content", "name", "class", "style", "title"}
+    for shown in (hostile, "😀", "<b>run</b>", "<i>ask</i>\\x1b {x}", "implicit reward +0.050"):
+        assert shown in reader.text
+    for outside in ("http:", "https:", "url(", "src=", "@import", "<link"):
+        assert outside not in text
+    tips = [value for tag, name, value in reader.attributes if (tag, name) == ("span", "title")]
+    assert "'😀': value -0.0500, log pi -1.0000, log pi_ref -0.5000" in tips
+    assert "color-scheme: light dark" in text
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+@pytest.fixture
+def run_folder(tiny_model, tmp_path):
+    """A finished run: adapters on the tiny model, and its flags; data with 6 prompts."""
+    data = write_jsonl(tmp_path / "data.jsonl", [
+        {"prompt": f"{n} boats?", "chosen": "Two lamps 😀.", "rejected": "<b>Nobody</b>"}
+        for n in range(6)])
+    save_adapter(lora_model(tiny_model), str(tmp_path / "run/final"))
+    (tmp_path / "run/args.json").write_text(json.dumps({
+        "model_name_or_path": tiny_model, "bf16": False, "lora_r": 4, "dataset": data,
+        "beta": 0.5, "held_out": 0.0, "max_length": 512, "max_prompt_length": 256}))
+    return tmp_path / "run"
+
+
+def test_eval_py_shows_and_writes_the_first_records(run_folder, monkeypatch, capsys):
+    heat = run_folder.parent / "heat.html"
+    data = str(run_folder.parent / "data.jsonl")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--heatmap", str(run_folder), "--first", "2",
+                                      "--dataset", data, "--html", str(heat)])
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert "\033" not in out                       # stdout is no terminal here: plain numbers
+    blocks = re.split(r"\[z = [01], implicit reward ([+-][\d.]+) nats\]\n", out)
+    assert len(blocks) == 1 + 2 * 4                # 2 records, 2 responses each
+    for reward, rows in zip(blocks[1::2], blocks[2::2]):
+        values = [float(value) for value in re.findall(r"^ *([+-]\d+\.\d{4}) ", rows, re.M)]
+        assert len(values) > 3
+        assert sum(values) == pytest.approx(float(reward), abs=1e-3 + 5e-5 * len(values))
+    reader = Reader()
+    reader.feed(heat.read_text(encoding="utf-8"))
+    assert reader.open == [] and "<b>Nobody</b>" in reader.text and "😀" in reader.text
+    assert "b" not in reader.tags and "0 boats?" in reader.text and "2 boats?" not in reader.text
+    assert str(run_folder) in reader.text
+
+
+def test_eval_py_refuses_what_the_heat_map_cannot_use(run_folder, monkeypatch):
+    for flags, sentence in ((["--heatmap"], "held out nothing"),
+                            (["--html", "x.html"], "--html goes with --heatmap"),
+                            (["--heatmap", "--first", "0"], "--first is 0; expected at least 1")):
+        monkeypatch.setattr(sys, "argv", ["eval.py", str(run_folder), *flags])
+        with pytest.raises(ValueError, match=sentence):
+            evaluate.main()
