@@ -7,6 +7,7 @@ import collections
 import email.utils
 import http.client
 import json
+import os
 import queue
 import random
 import sys
@@ -90,6 +91,32 @@ def complete(url: str, key: str, model: str, text: str, timeout: float, tries: i
             raise ConnectionError(f"{failure.replace(key, '***') if key else failure} "
                                   f"(after {attempt} of {tries} tries)")
         time.sleep(seconds_to_wait(retry_after, attempt - 1))
+
+
+def answered(path: str, model: str) -> set[str]:
+    """Ids that an answers file of `ask_all` holds; a torn last line is cut off the file.
+
+    raises  ValueError on a line that is no answer, or one of another model
+    """
+    if not os.path.exists(path):
+        return set()
+    ids = set()
+    with open(path, "rb+") as stream:
+        *lines, torn = stream.read().split(b"\n")
+        if not b'{"id": "'.startswith(torn[:8]):
+            raise ValueError(f"{path}: no answer in its last line, which has no end: {torn[:60]!r}")
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                ids.add(row["id"])
+                judge = row["model"]
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(f"{path}:{number}: no answer of `ask`: {line[:60]!r}") from None
+            if judge != model:
+                raise ValueError(f"{path}:{number}: answered by {judge!r}, not {model!r}; one file "
+                                 "holds the answers of one judge")
+        stream.truncate(sum(map(len, lines)) + len(lines))
+    return ids
 
 
 def progress(done: int, total: int, failed: int, seconds: float) -> str:

@@ -1,8 +1,8 @@
 """Win, tie or lose: one run's generations against the chosen answers of a data set or another run.
 
     python eval.py judge prompts mine.jsonl --against FILE --out asked.jsonl
-        FILE: a data set (its chosen answer, z = 1), or another run's generations; generations
-        are rows of generate.py: {"prompt": [[role, text], …], "completion", "seed", "where"}
+        FILE: a data set (its chosen answer, z = 1), or another run's generations; generations are
+        rows {"prompt", "completion", "seed"} of generate.py; turns as [[role, text], …] do, too
     python eval.py judge ask asked.jsonl --url URL --model NAME --out said.jsonl
         URL of any OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1; a key, if it wants one,
         in the variable OPENAI_API_KEY. The same command again asks only what has no answer yet
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import write_text
-from data import _get, read_dataset, read_rows, run_cli
-from endpoint import ask_all, complete
+from data import Record, _get, _turns, read_dataset, read_rows, run_cli
+from endpoint import answered, ask_all, complete
 from intervals import bootstrap, length_controlled_wins, seed_interval, t_quantile, wins
 
 CRITERIA = ("helpful", "harmless")
@@ -59,9 +59,11 @@ def read_generations(path: str) -> list[tuple[tuple, str]]:
     found = []
     for where, row in read_rows(path):
         turns = _get(row, "prompt", list, where)
-        if not turns or not all(isinstance(turn, list) and len(turn) == 2 and
-                                all(isinstance(part, str) for part in turn) for turn in turns):
-            raise ValueError(f"{where}: prompt is {str(turns)[:60]!r}; expected [[role, text], …]")
+        if not all(isinstance(turn, list) and len(turn) == 2 and all(
+                isinstance(part, str) for part in turn) for turn in turns):
+            turns = _turns(turns, where)                                 # [{role, content}, …]
+        if not turns or turns[-1][0] != "Human":
+            raise ValueError(f"{where}: the prompt must end on a user message")
         found.append((tuple(map(tuple, turns)), _get(row, "completion", str, where)))
     return found
 
@@ -169,25 +171,17 @@ def read_answers(path: str, questions: dict[str, dict]) -> dict[str, tuple[str, 
     return answers
 
 
-def unanswered(questions: dict[str, dict], path: str, model: str) -> list[dict]:
-    """Questions without an answer in the answers file; a torn last line is cut off first."""
-    if not os.path.exists(path):
-        return list(questions.values())
-    with open(path, "rb+") as stream:
-        raw = stream.read()
-        whole = raw.rfind(b"\n") + 1
-        if not b'{"id": "'.startswith(raw[whole:][:8]):
-            raise ValueError(f"{path}: its last line has no end and is no answer; is it the file "
-                             "of answers?")
-        stream.truncate(whole)
-    if not whole:
-        return list(questions.values())
-    answers = read_answers(path, questions)
-    for where, row in answers.values():
-        if row.get("model") != model:
-            raise ValueError(f"{where}: answered by {row.get('model')!r}, not {model!r}; one file "
-                             "holds the answers of one judge")
-    return [row for name, row in questions.items() if name not in answers]
+def write_rewards(questions: dict[str, dict], rewards_of, path: str) -> None:
+    """The answers file of a reward model: rows {"id", "reward_a", "reward_b"}, one per pair.
+
+    rewards_of  [Record of answers A and B] -> rewards [2 n], in order
+    """
+    rows = [row for row in questions.values() if row["order"] == "ab"]
+    rewards = rewards_of([Record(tuple(map(tuple, row["prompt"])),
+                                 (row["answer_a"], row["answer_b"]), (1.0, 0.0), row["id"])
+                          for row in rows]).view(-1, 2)                          # [n, 2]
+    write_text(path, "".join(json.dumps({"id": row["id"], "reward_a": a, "reward_b": b}) + "\n"
+                             for row, (a, b) in zip(rows, rewards.tolist())))
 
 
 # ---- scores -------------------------------------------------------------------------------------
@@ -356,7 +350,11 @@ def ask_questions(path: str, url: str, model: str, out: str, workers: int, timeo
     if not key.isascii() or not key.isprintable():
         raise ValueError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     questions = read_questions(path)
-    todo = unanswered(questions, out, model)
+    done = answered(out, model)
+    if strangers := done - set(questions):
+        raise ValueError(f"{out} answers {len(strangers)} questions that are not in {path}, as "
+                         f"{min(strangers)!r}")
+    todo = [row for name, row in questions.items() if name not in done]
     print(f"{len(questions) - len(todo)} of {len(questions)} questions are answered in {out}")
     ask = partial(complete, url, key, model, timeout=timeout, tries=tries)
     failures = ask_all(todo, ask, out, model, workers)

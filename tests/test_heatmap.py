@@ -18,8 +18,8 @@ from model import load_llama
 from step import adapters_off, frozen_copy, sequence_logps, token_logps
 from trees import build_stream, make_trees
 
-TEXTS = ("My friend paints a red boat.", "né 😀中", "")
-RECORDS = [Record((("Human", "How do I fix it?"),), TEXTS[:2], (1.0, 0.0), "f:1"),
+RECORDS = [Record((("Human", "How do I fix it?"),), ("My friend paints a red boat.", "né 😀中"),
+                  (1.0, 0.0), "f:1"),
            Record((("Human", "Who sold the garden door?"),), ("Nobody.",), (0.25,), "f:2")]
 
 
@@ -35,60 +35,53 @@ def lora_model(path):
 
 # ---- values -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("trained", ["adapters", "all weights"])
-def test_token_logps_sum_to_sequence_logps(tiny_model, tiny_tokenizer, tmp_path, trained):
-    # also with a reference that leaves out the responses with z = 1
-    if trained == "adapters":
+@pytest.fixture(params=["adapters", "all weights"])
+def policy_and_reference(request, tiny_model, tmp_path):
+    if request.param == "adapters":
         model = lora_model(tiny_model)
-        reference = partial(adapters_off, model)
-    else:
-        model = load_llama(save_tiny_model(tmp_path / "other", seed=1))
-        reference = partial(frozen_copy, load_llama(tiny_model))
+        return model, partial(adapters_off, model)
+    model = load_llama(save_tiny_model(tmp_path / "other", seed=1))
+    return model, partial(frozen_copy, load_llama(tiny_model))
+
+
+def test_token_logps_sum_to_sequence_logps(policy_and_reference, tiny_tokenizer):
+    # also with a reference that leaves out the responses with z = 1, and with none
     trees = make_trees(RECORDS, Tokenizer(tiny_tokenizer))
     stream = build_stream(trees)
     for other in (stream, build_stream(trees, wanted=lambda score: score < 1), None):
-        policy, frozen = token_logps(model, reference, stream, other)
-        totals = sequence_logps(model, reference, stream, other)
-        assert len(policy) == len(stream.labels) and len(frozen) == (
-            0 if other is None else len(other.labels))
-        for logps, owners, total in ((policy, stream.response_ids, totals[0]),
-                                     (frozen, None if other is None else other.response_ids,
-                                      totals[1])):
-            sums = torch.zeros(3)
-            if owners is not None:
-                sums.index_add_(0, owners, logps.detach())
+        policy, frozen = token_logps(*policy_and_reference, stream, other)
+        totals = sequence_logps(*policy_and_reference, stream, other)
+        owners = stream.labels[:0] if other is None else other.response_ids
+        assert len(policy) == len(stream.labels) and len(frozen) == len(owners)
+        for logps, whose, total in ((policy, stream.response_ids, totals[0]),
+                                    (frozen, owners, totals[1])):
+            sums = torch.zeros(3).index_add(0, whose, logps.detach())
             torch.testing.assert_close(sums, total.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_values_are_those_of_one_sequence_at_a_time_and_sum_to_the_implicit_reward(tiny_model):
-    model, tokenizer = lora_model(tiny_model), Tokenizer(tiny_model)
-    reference = partial(adapters_off, model)
+def test_values_are_those_of_one_sequence_at_a_time_and_sum_to_the_implicit_reward(
+        policy_and_reference, tiny_tokenizer):
+    model, reference = policy_and_reference
+    tokenizer = Tokenizer(tiny_tokenizer)
     tree = make_trees(RECORDS[:1], tokenizer)[0]
-    first, second = responses_of(model, reference, tokenizer, tree, beta=0.3)
+    responses = responses_of(model, reference, tokenizer, tree, beta=0.3)
 
-    def alone(ids):                                # full logits, no tree, no kernel
+    @torch.no_grad()
+    def alone(model, ids):                         # full logits, no tree, no kernel
         hidden = model(torch.tensor(tree.prompt_ids + ids[:-1]))[len(tree.prompt_ids) - 1:]
         return (hidden @ model.lm_head.weight.T).log_softmax(-1)[range(len(ids)), ids]
 
-    for response, ids in zip((first, second), tree.response_ids):
-        with torch.no_grad():
-            policy = alone(ids)
-            with adapters_off(model):
-                frozen = alone(ids)
-        assert response.reward == pytest.approx(0.3 * float((policy - frozen).sum()), abs=1e-5)
+    for response, ids in zip(responses, tree.response_ids):
+        policy = alone(model, ids)
+        with reference() as frozen:
+            values = 0.3 * (policy - alone(frozen, ids))                         # [tokens]
+        assert response.reward == pytest.approx(float(values.sum()), abs=1e-5)
         assert sum(t.value for t in response.tokens) == pytest.approx(response.reward, abs=1e-9)
         assert sum(t.policy_logp for t in response.tokens) == pytest.approx(
             float(policy.sum()), abs=1e-4)
-        assert len({round(t.value, 6) for t in response.tokens}) > 3           # not a mean
-    assert [t.value for t in first.tokens] == pytest.approx(      # no byte tokens: one by one
-        (0.3 * (alone(tree.response_ids[0]).detach() - frozen_alone(model, alone, tree))).tolist(),
-        abs=1e-5)
-    assert (first.score, second.score) == (1.0, 0.0)
-
-
-def frozen_alone(model, alone, tree):
-    with torch.no_grad(), adapters_off(model):
-        return alone(tree.response_ids[0])
+        if response is responses[0]:               # no byte tokens: one value per token
+            assert [t.value for t in response.tokens] == pytest.approx(values.tolist(), abs=1e-5)
+    assert [response.score for response in responses] == [1.0, 0.0]
 
 
 # ---- text ---------------------------------------------------------------------------------------
