@@ -6,9 +6,9 @@ A policy's stream leaves that token out: it predicts nothing. A reward model has
 "a b c" the state is the same whether the answer ended there or was cut one token later, and only
 the first of the two deserves a finished answer's reward.
 
-    python train.py --method reward_model           pairs, Bradley-Terry
-    python train.py --method pointwise_reward_model     z in [0, 1], cross-entropy
-    python train.py --method mse_reward_model           continuous z, squared error
+    python train.py --method reward_model             pairs, Bradley-Terry
+    python train.py --method pointwise_reward_model   z in [0, 1], cross-entropy
+    python train.py --method mse_reward_model         continuous z, squared error
 
 The head is saved in the adapter's own file, where PEFT keeps it: `score.weight` [1, D], listed in
 `modules_to_save`, for transformers' LlamaForSequenceClassification with num_labels = 1.

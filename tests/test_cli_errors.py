@@ -124,7 +124,8 @@ def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_pa
         has(refused("--method", method, dataset=bad), "no response has z = 1", "fit: ulma, ulma_")
     fair = write_jsonl(tmp_path / "fair.jsonl", [row | {"label": 0.5} for row in POINTS])
     has(refused("--method", "unlearning", dataset=fair), "no response has z = 0",
-        "fit: ulma, ulma_mse, pointwise_dpo, pointwise_mse, unlikelihood\n")
+        "fit: ulma, ulma_mse, pointwise_dpo, pointwise_mse, unlikelihood, "
+            "pointwise_reward_model, mse_reward_model\n")
 
 
 # ---- model --------------------------------------------------------------------------------------
