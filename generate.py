@@ -194,9 +194,9 @@ def check_prompts(config, prompts: list[list[int]], max_new_tokens: int) -> None
         if min(ids) < 0 or max(ids) >= config.vocab_size:
             raise ValueError(f"prompt {number} has token ids {min(ids)}..{max(ids)}; expected "
                              f"0..{config.vocab_size - 1}")
-        if len(ids) + max_new_tokens > config.max_position_embeddings:
+        if len(ids) + max_new_tokens > config.max_positions:
             raise ValueError(f"prompt {number} has {len(ids)} tokens and asks for {max_new_tokens}"
-                             f"; the model has {config.max_position_embeddings} positions")
+                             f"; the model has {config.max_positions} positions")
 
 
 def next_logits(model: Llama, hidden: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temper
 
 def prompt_ids_of(model: Llama, tokenizer: Tokenizer, turns, max_new_tokens: int) -> list[int]:
     """Ids of a dialogue in the Vicuna template, cut from the left where the model has no room."""
-    positions = model.config.max_position_embeddings
+    positions = model.config.max_positions
     if (room := positions - max_new_tokens) < 2:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in "
                          f"{positions} positions")

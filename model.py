@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from weights import SHARD_BYTES, misfits, read_files, read_json, weight_files, write_weights
 
@@ -68,6 +69,11 @@ class LlamaConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence: vicuna-16k says max_position_embeddings 4096 and rope factor 4."""
+        return int(self.max_position_embeddings * self.rope_factor)
 
 
 # Keys of config.json that change no number, keys read apart, keys accepted with this value only.
@@ -301,11 +307,15 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama-2; call it with input_ids [T] to get hidden [T, D] after the final norm."""
+    """Llama-2; call it with input_ids [T] to get hidden [T, D] after the final norm.
+
+    gradient_checkpointing   keep a layer's input only, and run the layer again in the backward:
+                             a tenth of the memory for a third more time
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.gradient_checkpointing = config, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -330,7 +340,10 @@ class Llama(nn.Module):
         cos, sin = (t.to(x.dtype)[:, None] for t in rotary_angles(
             position_ids, config.head_dim, config.rope_theta, config.rope_factor))
         for layer, attend in zip(self.model.layers, cache or repeat(attention)):
-            x = layer(x, cos, sin, segments, attend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, segments, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, segments, attend)
         return self.model.norm(x)
 
 

@@ -256,6 +256,8 @@ def parse_args(argv=None):
     flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
     flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
     flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
+    flag("--gradient_checkpointing", action="store_true",
+         help="run each layer again in the backward: less memory, a third more time")
     flag("--kernels", choices=("auto", "triton", "torch"), default="auto",
          help="log-probs by the Triton kernel or plain torch; auto: Triton on a GPU")
     flag = parser.add_argument_group("logging and saving").add_argument
@@ -297,9 +299,10 @@ def prepare(args, rank: int, device):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the embedding of "
                          f"{args.model_name_or_path} only {model.config.vocab_size} rows")
-    if args.max_length > model.config.max_position_embeddings:
+    if args.max_length > model.config.max_positions:
         raise ValueError(f"--max_length {args.max_length} exceeds the model's "
-                         f"max_position_embeddings {model.config.max_position_embeddings}")
+                         f"{model.config.max_positions} positions")
+    model.gradient_checkpointing = args.gradient_checkpointing
     torch.manual_seed(args.seed)
     reference = None
     if args.lora_r:

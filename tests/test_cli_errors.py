@@ -232,7 +232,7 @@ FLAGS = {      # flags, words of the sentence
     "r -1": ("--lora_r -1", "r = -1 must be at least 1"),
     "prompt 1": ("--max_prompt_length 1", "max_prompt_length 1 must be at least 2"),
     "prompt = length": ("--max_length 512", "max_prompt_length 512", "less than max_length 512"),
-    "too long": ("--max_length 2049", "--max_length 2049", "max_position_embeddings 2048"),
+    "too long": ("--max_length 2049", "--max_length 2049", "the model's 2048 positions"),
     "triton on a CPU": ("--kernels triton", "asked for and cannot run"),
     "bf16 of all weights": ("--bf16 --lora_r 0", "--bf16 with --lora_r 0"),
     "targets": ("--lora_target_modules q_proj c_attn wte", "no linear layer is called c_attn, wte",

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kernels import linear_logps
-from lora import add_lora
+from lora import add_lora, lora_layers
 from model import Llama, LlamaConfig
 from reward import add_score_head
 from step import METHODS, adapters_off, backward_batch, batch_counts
 from train import trainable
-from trees import Tree, shard
+from trees import Tree, build_stream, shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,6 +242,35 @@ def test_no_gradient_reaches_the_reference_and_ulma_runs_it_on_negatives_only():
     gradient(trees, "ulma", linear_logps=spy)
     count = [(len(ids), z) for tree in trees for ids, z in zip(tree.response_ids, tree.scores)]
     assert seen == [(sum(n for n, _ in count), sum(n for n, z in count if z < 1), False)]
+
+
+def test_gradient_checkpointing_keeps_every_bit_and_little_memory():
+    # Each layer runs again in the backward, with the dropout masks it drew first. Frozen embeddings
+    # must not cut the graph: the reentrant form would give no adapter of the first layers a
+    # gradient. Kept between the passes: a layer's input, not its some twenty intermediate tensors.
+    grads, kept = [], []
+    for checkpointing in (False, True):
+        model = make_model()
+        model.gradient_checkpointing = checkpointing
+        for layer in lora_layers(model).values():
+            layer.dropout = 0.3
+        torch.manual_seed(5)
+        stream, sizes = build_stream(make_trees()), {}
+        frozen = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(t):
+            storage = t.untyped_storage()
+            if storage._cdata not in frozen:
+                sizes[storage._cdata] = storage.nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            hidden = model(stream.input_ids, stream.position_ids, stream.segments)
+        hidden.square().sum().backward()
+        grads.append([p.grad for p in trainable(model).values()])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(grad.abs().sum() > 0 for grad in grads[1])
+    assert kept[1] < kept[0] / 4
 
 
 def test_at_the_start_policy_equals_reference_to_the_bit():
