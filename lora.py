@@ -32,26 +32,45 @@ PLAIN_KEYS = {"peft_type": ("LORA",), "bias": ("none",),
               "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
+class AdaptedLinear(Linear):
+    """A linear layer with updates that belong to the base model: never trained, saved or off.
+
+    updates   ((lora_A, lora_B, scaling), …)   added unmerged: exact, whatever the weights' dtype
+    """
+
+    def __init__(self, weight: nn.Parameter, updates: tuple):
+        nn.Module.__init__(self)
+        self.weight, self.updates = weight, updates
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight)                                               # [T, out]
+        for lora_A, lora_B, scaling in self.updates:
+            y = y + scaling * linear(linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+        return y
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank update.
 
     weight   [out, in]   the base layer's own parameter, under its own name
     lora_A   [r, in]     float32, uniform ± 1/sqrt(in) (kaiming with a = sqrt 5, as PEFT)
     lora_B   [out, r]    float32, zero: the update starts at nothing
+    updates              those of the base layer, see AdaptedLinear
     """
 
     def __init__(self, base: Linear, r: int, alpha: float, dropout: float):
         super().__init__()
         self.weight = base.weight.requires_grad_(False)
+        self.updates = getattr(base, "updates", ())
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         place = {"dtype": wide, "device": self.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **place))
+        self.lora_A = nn.Parameter(torch.empty(r, self.weight.shape[1], **place))
+        self.lora_B = nn.Parameter(torch.zeros(self.weight.shape[0], r, **place))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling, self.dropout, self.enabled = alpha / r, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight)                                               # [T, out]
+        y = AdaptedLinear.forward(self, x)                                       # [T, out]
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training)
@@ -59,8 +78,20 @@ class LoRALinear(nn.Module):
         return y + self.scaling * linear(low, self.lora_B.to(x.dtype))
 
 
+def weight_update(layer: LoRALinear | AdaptedLinear) -> Tensor:
+    """Σ scaling · B A, what all adapters add to the layer's weight: [out, in] float32."""
+    own = [(layer.lora_A, layer.lora_B, layer.scaling)] if isinstance(layer, LoRALinear) else []
+    return sum(scaling * (lora_B @ lora_A) for lora_A, lora_B, scaling in [*layer.updates, *own])
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def updated_layers(model: nn.Module) -> dict[str, LoRALinear | AdaptedLinear]:
+    """Every layer that computes something else than its weight says."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, (LoRALinear, AdaptedLinear))}
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -126,15 +157,24 @@ def lora_disabled(model: nn.Module):
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """W <- W + scaling · B A, formed in float32, and plain linear layers again.
+    """W <- W + Σ scaling · B A, formed in float32, and plain linear layers again.
 
     In bf16 the sum is rounded to bf16: small updates partly vanish; merge a float32 model.
     """
-    for name, layer in lora_layers(model).items():
-        merged = Linear(layer.weight.shape[1], layer.weight.shape[0])
-        update = layer.scaling * (layer.lora_B @ layer.lora_A)                   # [out, in]
-        merged.weight = nn.Parameter((layer.weight.to(update.dtype) + update).to(layer.weight.dtype))
+    for name, layer in updated_layers(model).items():
+        update, weight = weight_update(layer), layer.weight                      # [out, in]
+        with torch.device("meta"):                      # its first weights are never used
+            merged = Linear(*reversed(weight.shape))
+        merged.weight = nn.Parameter((weight.to(update.dtype) + update).to(weight.dtype))
         model.set_submodule(name, merged)
+    return model
+
+
+def freeze_lora(model: nn.Module) -> nn.Module:
+    """Make the adapters part of the base model, unmerged; the next `add_lora` goes on top."""
+    for name, layer in lora_layers(model).items():
+        own = (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        model.set_submodule(name, AdaptedLinear(layer.weight, (*layer.updates, own)))
     return model
 
 
@@ -210,3 +250,12 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     for layer in lora_layers(model).values():
         layer.scaling = config["lora_alpha"] / config["r"]
     return model
+
+
+def start_from_adapter(model: nn.Module, path: str, merge: bool = False) -> nn.Module:
+    """Make model + the adapter of a PEFT folder the base: for an objective that follows SFT.
+
+    merge   into the weights, for training all of them; else kept apart, which is exact in bf16 too
+    """
+    load_adapter(model, path)
+    return merge_lora(model).requires_grad_(True) if merge else freeze_lora(model)

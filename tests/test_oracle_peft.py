@@ -11,6 +11,7 @@ from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import export
 import train
 from lora import load_adapter, lora_layers
 from model import load_llama
@@ -138,3 +139,21 @@ def test_every_key_peft_writes_is_known(tmp_path, tiny_model):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert len(config) > 30 and config["peft_version"]
     load_adapter(load_llama(tiny_model), str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_loads_what_export_wrote(tmp_path, tiny_model, dtype):
+    # float32: the logits PEFT computes with the adapter. bfloat16: the weights of PEFT's own merge.
+    theirs = save_peft_adapter(tiny_model, tmp_path / "adapter", target_modules="all-linear")
+    export.main(["--model", tiny_model, "--adapter", str(tmp_path / "adapter"), "--out",
+                 str(tmp_path / "out"), "--dtype", dtype])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype="auto")
+    assert merged.dtype == getattr(torch, dtype)
+    assert merged.generation_config.eos_token_id == 2
+    if dtype == "float32":
+        assert_close(their_logits(merged), their_logits(theirs), rtol=0, atol=1e-5)
+    for name, weight in theirs.merge_and_unload().named_parameters():
+        weight = weight.bfloat16().float() if dtype == "bfloat16" else weight
+        # ours rounds the base before the update is added too: a unit in the last place
+        rtol, atol = (2 ** -7, 2 ** -11) if dtype == "bfloat16" else (1e-5, 1e-6)
+        assert_close(merged.get_parameter(name).float(), weight, rtol=rtol, atol=atol)
