@@ -142,6 +142,12 @@ def rewind_metrics(path: str, step: int) -> None:
     write_text(file, "".join(kept))
 
 
+def starts_from(adapter: str) -> str | None:
+    """The SFT adapter that the run which wrote the folder `adapter` started from, if it did."""
+    file = os.path.join(os.path.dirname(os.path.abspath(adapter)), "args.json")
+    return read_json(file).get("sft_adapter") if os.path.isfile(file) else None
+
+
 # ---- checkpoints --------------------------------------------------------------------------------
 
 def trainable(model) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ from data import Record, Tokenizer, encode_dialogue, read_dataset, run_cli, spli
 from heatmap import page, print_responses, responses_of
 from intervals import bootstrap, wins
 from kernels import linear_logps
-from lora import load_adapter, lora_disabled
+from lora import load_adapter, lora_disabled, start_from_adapter
 from model import Llama, load_llama
-from reward import load_reward_model, tree_rewards
+from reward import add_score_head, tree_rewards
 from step import adapters_off, frozen_copy, sequence_logps
 from trees import Tree, build_stream, make_trees, pack
 from ulma import response_logps
@@ -254,10 +254,11 @@ def load_run(path: str):
         raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
     dtype = torch.bfloat16 if flags["bf16"] else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    final = os.path.join(path, "final")
+    base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")
+    if flags.get("sft_adapter"):
+        start_from_adapter(base, flags["sft_adapter"], merge=flags["lora_r"] == 0)
     if flags["method"].endswith("reward_model"):
-        return load_reward_model(final, dtype, device, flags["model_name_or_path"]), None, flags
-    base = load_llama(flags["model_name_or_path"], dtype, device)
+        return load_adapter(add_score_head(base), final).eval(), None, flags
     if flags["lora_r"]:
         model = load_adapter(base, final).eval()
         return model, partial(adapters_off, model), flags
@@ -338,9 +339,13 @@ def main() -> None:
                 evaluate_world_rewards(model, tokenizer, asked)
                 continue
             if reference is None:
+                sft_adapter = flags.get("sft_adapter")
                 with reference_of() as frozen:
                     reference, lengths = world_logps(frozen, tokenizer, asked)
-                policies["base"] = reference
+                policies["base + SFT" if sft_adapter else "base"] = reference
+            elif flags.get("sft_adapter") != sft_adapter:
+                raise ValueError(f"{path} starts from --sft_adapter {flags.get('sft_adapter')}, the "
+                                 f"run before it from {sft_adapter}: measure them apart")
             policies[os.path.basename(os.path.normpath(path))] = world_logps(
                 model, tokenizer, asked)[0]
             continue

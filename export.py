@@ -15,7 +15,7 @@ import shutil
 import torch
 from torch import Tensor
 
-from checkpoint import write_folder
+from checkpoint import starts_from, write_folder
 from data import Tokenizer, encode_dialogue, run_cli
 from lora import merge_lora, start_from_adapter, updated_layers, weight_update
 from model import Llama, linear, load_llama, save_llama
@@ -77,6 +77,10 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype) -
     """
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise ValueError(f"{out} is there already and not empty; choose another --out")
+    for before, adapter in zip([None, *adapters], adapters):
+        if (first := starts_from(adapter)) and os.path.abspath(first) != os.path.abspath(before or ""):
+            raise ValueError(f"{adapter} was trained on top of {first}; pass --adapter {first} "
+                             f"{adapter}")
     tokenizer, model = Tokenizer(model_path), load_llama(model_path, dtype)
     rows, pieces = model.config.vocab_size, tokenizer.vocab_size
     if rows < pieces:

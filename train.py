@@ -29,10 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
-                        save_checkpoint, save_weights, sha256, trainable, write_folder)
+                        save_checkpoint, save_weights, sha256, starts_from, trainable,
+                        write_folder)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
-from lora import add_lora
+from lora import add_lora, start_from_adapter
 from model import Llama, load_llama
 from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
@@ -97,6 +98,18 @@ def plan_batches(trees: list[Tree], uses: str, batch_size: int, epochs: float, m
     return batches[:round(len(batches) * epochs / max(1, math.ceil(epochs)))]
 
 
+def base_name(args) -> str:
+    """What training starts from. Not a path if it is two: no tool may take the one for both."""
+    return args.model_name_or_path + (f" + {args.sft_adapter}" if args.sft_adapter else "")
+
+
+def reference_name(args) -> str:
+    if METHODS[args.method].reference == "none":
+        return f"none, --method {args.method} has no use for one"
+    return base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
+                              " (a copy that is not trained)")
+
+
 class Stop:
     """Set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
 
@@ -148,7 +161,7 @@ def train(args, model: Llama, reference, trees: list[Tree], batches: list[list[i
         log.add(step + 1, totals, grad_norm, lr)
         done = step + 1 == len(batches)
         if rank == 0 and not done and (stop_signal or (step + 1) % args.save_steps == 0):
-            save_checkpoint(args.output_dir, step + 1, model, optimizer, args.model_name_or_path,
+            save_checkpoint(args.output_dir, step + 1, model, optimizer, base_name(args),
                             args.save_total_limit)
         if stop_signal and not done:
             if rank == 0:
@@ -211,6 +224,15 @@ def check_flags(args) -> None:
     if METHODS[args.method].p == "rewards" and args.lora_r == 0:
         raise ValueError(f"--method {args.method} trains an adapter and a head; --lora_r must be "
                          "at least 1")
+    if args.sft_adapter:
+        if before := starts_from(args.sft_adapter):
+            raise ValueError(f"--sft_adapter {args.sft_adapter} is itself on top of {before}; merge "
+                             "both with export.py and pass the result as --model_name_or_path")
+        inside = os.path.commonpath([os.path.abspath(path) for path in
+                                     (args.sft_adapter, args.output_dir)])
+        if inside == os.path.abspath(args.output_dir):
+            raise ValueError(f"--sft_adapter {args.sft_adapter} lies in --output_dir "
+                             f"{args.output_dir}; choose another --output_dir")
     if args.bf16 and args.lora_r == 0:
         raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
                          "weights in float32")
@@ -222,6 +244,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("what").add_argument
     flag("--method", choices=METHODS, default="ulma", help="objective, see ulma.py")
     flag("--model_name_or_path", help="Hugging Face Llama folder (default: the embedded world's)")
+    flag("--sft_adapter", help="PEFT folder, from train.py or not: policy and reference start from "
+                               "the model with this adapter")
     flag("--dataset", help="HH, Golden HH, QA-feedback, red-team or JSONL file, .gz or not "
                            "(default: the embedded world's)")
     flag("--held_out", type=float, default=0.0,
@@ -303,6 +327,8 @@ def prepare(args, rank: int, device):
         raise ValueError(f"--max_length {args.max_length} exceeds the model's "
                          f"{model.config.max_positions} positions")
     model.gradient_checkpointing = args.gradient_checkpointing
+    if args.sft_adapter:
+        start_from_adapter(model, args.sft_adapter, merge=args.lora_r == 0)
     torch.manual_seed(args.seed)
     reference = None
     if args.lora_r:
@@ -318,8 +344,8 @@ def prepare(args, rank: int, device):
               f"{len(held_out)} records")
         for what, number in sorted(counts.items()):
             print(f"  {what:58} {number:7}")
-        print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained; "
-              f"reference: {'none' if method.reference == 'none' else reference.func.__doc__}")
+        print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained, from "
+              f"{base_name(args)}; reference: {reference_name(args)}")
     return model, reference, trees, batches, tokenizer
 
 
@@ -338,7 +364,7 @@ def main(argv=None) -> None:
         args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else
                                  "ratings" if args.method == "mse_reward_model" else "points")
     model, reference, trees, batches, tokenizer = prepare(args, rank, device)
-    flags = vars(args) | {"dataset_sha256": sha256(args.dataset)}
+    flags = vars(args) | {"dataset_sha256": sha256(args.dataset), "reference": reference_name(args)}
     if rank == 0:
         claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
     if world_size > 1:
@@ -346,7 +372,7 @@ def main(argv=None) -> None:
     train(args, model, reference, trees, batches, rank, world_size, device, Stop())
     if rank == 0:
         def write(folder):
-            save_weights(model, folder, args.model_name_or_path)
+            save_weights(model, folder, base_name(args))
             copy_tokenizer(tokenizer, folder)
         write_folder(os.path.join(args.output_dir, "final"), write)
         print(f"done: {os.path.join(args.output_dir, 'final')}")
