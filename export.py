@@ -78,7 +78,8 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype) -
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise ValueError(f"{out} is there already and not empty; choose another --out")
     for before, adapter in zip([None, *adapters], adapters):
-        if (first := starts_from(adapter)) and os.path.abspath(first) != os.path.abspath(before or ""):
+        first = starts_from(adapter)
+        if first and os.path.abspath(first) != os.path.abspath(before or ""):
             raise ValueError(f"{adapter} was trained on top of {first}; pass --adapter {first} "
                              f"{adapter}")
     tokenizer, model = Tokenizer(model_path), load_llama(model_path, dtype)

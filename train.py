@@ -364,7 +364,8 @@ def main(argv=None) -> None:
         args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else
                                  "ratings" if args.method == "mse_reward_model" else "points")
     model, reference, trees, batches, tokenizer = prepare(args, rank, device)
-    flags = vars(args) | {"dataset_sha256": sha256(args.dataset), "reference": reference_name(args)}
+    flags = vars(args) | {"dataset_sha256": sha256(args.dataset),
+                          "reference": reference_name(args)}
     if rank == 0:
         claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
     if world_size > 1:

@@ -1,4 +1,4 @@
-"""Training from an SFT adapter: the reference is base + SFT, exactly, everywhere it is asked for."""
+"""Training from an SFT adapter: the reference is base + SFT, exactly, wherever it is asked for."""
 import json
 import math
 import signal
@@ -109,7 +109,7 @@ def test_export_merges_both_and_refuses_the_second_alone(tmp_path, tiny_model, s
     policy, *_ = evaluate.load_run(out)
     torch.testing.assert_close(logits(load_llama(merged)), logits(policy), rtol=0, atol=1e-5)
     config = json.load(open(final + "/adapter_config.json"))
-    assert config["base_model_name_or_path"] == f"{tiny_model} + {sft}"      # not a path, on purpose
+    assert config["base_model_name_or_path"] == f"{tiny_model} + {sft}"      # on purpose no path
 
 
 def test_chains_and_an_adapter_in_the_output_folder_are_refused(tmp_path, sft, run):
