@@ -13,13 +13,16 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora import adapter_tensors, load_adapter, save_adapter
+from lora import adapter_tensors, load_adapter, save_adapter, start_from_adapter
 from model import load_llama, save_llama
+from reward import add_score_head
+from step import adapters_off, frozen_copy
 from weights import read_json
 
 
@@ -205,3 +208,31 @@ def load_checkpoint(path: str, model, optimizer) -> int:
                                                                    "cpu")
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
     return state["step"]
+
+
+# ---- a finished run -----------------------------------------------------------------------------
+
+def load_run(path: str):
+    """(model, callable giving its reference, flags) of a finished run of train.py.
+
+    A reward model has no reference: None.
+    """
+    file = os.path.join(path, "args.json")
+    if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
+        raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
+                                "and final/)")
+    flags = read_json(file)
+    if missing := {"method", "model_name_or_path", "bf16", "lora_r", "dataset",
+                   "beta"} - set(flags):
+        raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
+    dtype = torch.bfloat16 if flags["bf16"] else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")
+    if flags.get("sft_adapter"):
+        start_from_adapter(base, flags["sft_adapter"], merge=flags["lora_r"] == 0)
+    if flags["method"].endswith("reward_model"):
+        return load_adapter(add_score_head(base), final).eval(), None, flags
+    if flags["lora_r"]:
+        model = load_adapter(base, final).eval()
+        return model, partial(adapters_off, model), flags
+    return load_llama(final, dtype, device).eval(), partial(frozen_copy, base), flags

@@ -15,21 +15,19 @@ import json
 import math
 import os
 import sys
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import judge
-from checkpoint import write_text
+from checkpoint import load_run, write_text
 from data import Record, Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
 from heatmap import page, print_responses, responses_of
 from intervals import bootstrap, wins
 from kernels import linear_logps
-from lora import load_adapter, lora_disabled, start_from_adapter
-from model import Llama, load_llama
-from reward import add_score_head, tree_rewards
-from step import adapters_off, frozen_copy, sequence_logps
+from model import Llama
+from reward import tree_rewards
+from step import sequence_logps
 from trees import Tree, build_stream, make_trees, pack
 from ulma import response_logps
 from weights import read_json
@@ -239,32 +237,6 @@ def evaluate_file_rewards(model: Llama, trees: list[Tree]) -> None:
 
 # ---- runs -----------------------------------------------------------------------------------------
 
-def load_run(path: str):
-    """(model, callable giving its reference, flags) of a finished run of train.py.
-
-    A reward model has no reference: None.
-    """
-    file = os.path.join(path, "args.json")
-    if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
-        raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
-                                "and final/)")
-    flags = read_json(file)
-    if missing := {"method", "model_name_or_path", "bf16", "lora_r", "dataset",
-                   "beta"} - set(flags):
-        raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
-    dtype = torch.bfloat16 if flags["bf16"] else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")
-    if flags.get("sft_adapter"):
-        start_from_adapter(base, flags["sft_adapter"], merge=flags["lora_r"] == 0)
-    if flags["method"].endswith("reward_model"):
-        return load_adapter(add_score_head(base), final).eval(), None, flags
-    if flags["lora_r"]:
-        model = load_adapter(base, final).eval()
-        return model, partial(adapters_off, model), flags
-    return load_llama(final, dtype, device).eval(), partial(frozen_copy, base), flags
-
-
 def evaluated_records(path: str, flags: dict, dataset: str | None):
     """(file, records): those of --dataset, else what the run at `path` held out of its own data."""
     file = dataset or flags["dataset"]
@@ -295,6 +267,8 @@ def show_heatmap(paths: list[str], dataset: str | None, beta: float | None, firs
     runs = {}
     for path in paths:
         model, reference, flags = load_run(path)
+        if reference is None:
+            raise ValueError(f"{path} is a reward model; --heatmap colours what a policy likes")
         records = (best_and_worst(held_out_prompts()) if on_world(flags, dataset)
                    else evaluated_records(path, flags, dataset)[1])
         tokenizer = Tokenizer(flags["model_name_or_path"])
@@ -307,6 +281,51 @@ def show_heatmap(paths: list[str], dataset: str | None, beta: float | None, firs
     if html:
         write_text(html, page(runs))
         print(f"\n{html}: the same as a page")
+
+
+def evaluate_runs(paths: list[str], dataset: str | None, asked_beta: float | None,
+                  json_file: str | None) -> None:
+    """Print what every run is worth: one table for those on the world, a list for each other."""
+    policies, asked, reference = {}, held_out_prompts(), None
+    for path in paths:
+        model, reference_of, flags = load_run(path)
+        beta = flags["beta"] if asked_beta is None else asked_beta
+        if on_world(flags, dataset):
+            tokenizer = Tokenizer(base_model())
+            if reference_of is None:
+                print(f"{path} [95 % bootstrap interval over prompts]")
+                evaluate_world_rewards(model, tokenizer, asked)
+                continue
+            if reference is None:
+                sft_adapter = flags.get("sft_adapter")
+                with reference_of() as frozen:
+                    reference, lengths = world_logps(frozen, tokenizer, asked)
+                policies["base + SFT" if sft_adapter else "base"] = reference
+            elif flags.get("sft_adapter") != sft_adapter:
+                raise ValueError(f"{path} starts from --sft_adapter {flags.get('sft_adapter')}, the "
+                                 f"run before it from {sft_adapter}: measure them apart")
+            policies[os.path.basename(os.path.normpath(path))] = world_logps(
+                model, tokenizer, asked)[0]
+            continue
+        file, records = evaluated_records(path, flags, dataset)
+        trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
+                           flags["max_length"], flags["max_prompt_length"])
+        print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
+        if reference_of is None:
+            evaluate_file_rewards(model, trees)
+        else:
+            evaluate_file(model, reference_of, trees, beta)
+    if policies:
+        table = evaluate_world(policies, reference, lengths, asked, beta)
+        print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
+        for name, row in table.items():
+            print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
+        print_samples(policies, asked)
+        print(f"\n{len(asked)} test prompts, beta {beta:g}. " + ". ".join(
+            f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
+        if json_file:
+            with open(json_file, "w", encoding="utf-8") as stream:
+                json.dump(table, stream, indent=2)
 
 
 def main() -> None:
@@ -328,46 +347,7 @@ def main() -> None:
                          "--html goes with --heatmap")
     if args.heatmap:
         return show_heatmap(args.runs, args.dataset, args.beta, args.first, args.html)
-    policies, asked, reference = {}, held_out_prompts(), None
-    for path in args.runs:
-        model, reference_of, flags = load_run(path)
-        beta = flags["beta"] if args.beta is None else args.beta
-        if on_world(flags, args.dataset):
-            tokenizer = Tokenizer(base_model())
-            if reference_of is None:
-                print(f"{path} [95 % bootstrap interval over prompts]")
-                evaluate_world_rewards(model, tokenizer, asked)
-                continue
-            if reference is None:
-                sft_adapter = flags.get("sft_adapter")
-                with reference_of() as frozen:
-                    reference, lengths = world_logps(frozen, tokenizer, asked)
-                policies["base + SFT" if sft_adapter else "base"] = reference
-            elif flags.get("sft_adapter") != sft_adapter:
-                raise ValueError(f"{path} starts from --sft_adapter {flags.get('sft_adapter')}, the "
-                                 f"run before it from {sft_adapter}: measure them apart")
-            policies[os.path.basename(os.path.normpath(path))] = world_logps(
-                model, tokenizer, asked)[0]
-            continue
-        file, records = evaluated_records(path, flags, args.dataset)
-        trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
-                           flags["max_length"], flags["max_prompt_length"])
-        print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
-        if reference_of is None:
-            evaluate_file_rewards(model, trees)
-        else:
-            evaluate_file(model, reference_of, trees, beta)
-    if policies:
-        table = evaluate_world(policies, reference, lengths, asked, beta)
-        print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
-        for name, row in table.items():
-            print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
-        print_samples(policies, asked)
-        print(f"\n{len(asked)} test prompts, beta {beta:g}. " + ". ".join(
-            f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
-        if args.json:
-            with open(args.json, "w", encoding="utf-8") as stream:
-                json.dump(table, stream, indent=2)
+    evaluate_runs(args.runs, args.dataset, args.beta, args.json)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
     python eval.py judge ask asked.jsonl --url URL --model NAME --out said.jsonl
         URL of any OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1; a key, if it wants one,
         in the variable OPENAI_API_KEY. The same command again asks only what has no answer yet
+    python eval.py judge rewards asked.jsonl --reward_model runs/reward_model --out said.jsonl
+        instead: a reward model of train.py answers
     python eval.py judge score --questions asked.jsonl … --answers said.jsonl …
         one pair of files per run; several runs (training seeds) add intervals over seeds
 
@@ -24,10 +26,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from checkpoint import write_text
-from data import Record, _get, _turns, read_dataset, read_rows, run_cli
+from checkpoint import load_run, write_text
+from data import Record, Tokenizer, _get, _turns, read_dataset, read_rows, run_cli
 from endpoint import answered, ask_all, complete
 from intervals import bootstrap, length_controlled_wins, seed_interval, t_quantile, wins
+from reward import tree_rewards
+from trees import make_trees
 
 CRITERIA = ("helpful", "harmless")
 
@@ -319,6 +323,10 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--workers", type=int, default=4, help="questions asked at a time (4)")
     add.add_argument("--timeout", type=float, default=120, help="seconds to wait for a reply (120)")
     add.add_argument("--tries", type=int, default=6, help="times one question is asked (6)")
+    add = commands.add_parser("rewards", help="let a reward model answer")
+    add.add_argument("questions", help="file that `prompts` wrote")
+    add.add_argument("--reward_model", required=True, help="finished run of train.py")
+    add.add_argument("--out", required=True, help="JSON lines to write; must not exist")
     add = commands.add_parser("score", help="win, tie, lose with intervals")
     add.add_argument("--questions", nargs="+", required=True, help="one file per run")
     add.add_argument("--answers", nargs="+", required=True, help="one file per run, same order")
@@ -363,6 +371,17 @@ def ask_questions(path: str, url: str, model: str, out: str, workers: int, timeo
                               f"command asks them again); the first, {failures[0]}")
 
 
+def ask_reward_model(path: str, run: str, out: str) -> None:
+    if os.path.exists(out):
+        raise FileExistsError(f"{out} exists: remove it or name another")
+    model, reference, flags = load_run(run)
+    if reference is not None:
+        raise ValueError(f"{run} is a run of --method {flags['method']}, not of a reward model")
+    tokenizer = Tokenizer(flags["model_name_or_path"])
+    write_rewards(read_questions(path), lambda records: tree_rewards(model, make_trees(
+        records, tokenizer, "all", flags["max_length"], flags["max_prompt_length"])), out)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.command == "prompts":
@@ -370,6 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "ask":
         ask_questions(args.questions, args.url, args.model, args.out, args.workers, args.timeout,
                       args.tries)
+    elif args.command == "rewards":
+        ask_reward_model(args.questions, args.reward_model, args.out)
     else:
         if len(args.questions) != len(args.answers):
             raise ValueError(f"{len(args.questions)} files of --questions but {len(args.answers)} "

@@ -378,6 +378,7 @@ def main(argv=None) -> None:
         write_folder(os.path.join(args.output_dir, "final"), write)
         print(f"done: {os.path.join(args.output_dir, 'final')}")
     if world_size > 1:
+        dist.barrier()               # gloo aborts a rank that waits while another one leaves
         dist.destroy_process_group()
 
 

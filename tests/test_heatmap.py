@@ -209,7 +209,8 @@ def run_folder(tiny_model, tmp_path):
         for n in range(6)])
     save_adapter(lora_model(tiny_model), str(tmp_path / "run/final"))
     (tmp_path / "run/args.json").write_text(json.dumps({
-        "model_name_or_path": tiny_model, "bf16": False, "lora_r": 4, "dataset": data,
+        "method": "ulma", "model_name_or_path": tiny_model, "bf16": False, "lora_r": 4,
+        "dataset": data,
         "beta": 0.5, "held_out": 0.0, "max_length": 512, "max_prompt_length": 256}))
     return tmp_path / "run"
 

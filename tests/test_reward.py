@@ -3,11 +3,16 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_jsonl
 from torch.testing import assert_close
 
+import eval as evaluate
+import judge
+from data import Tokenizer, encode_dialogue
 from eval import agreement
 from lora import load_adapter, save_adapter
 from model import load_llama
@@ -201,3 +206,32 @@ def test_world_rewards_are_those_of_each_answer(tiny_model, tmp_path, capsys):
     torch.nn.init.zeros_(model.score.weight)
     evaluate_world_rewards(model, tokenizer, asked)
     assert "accuracy of the reward model  0.500 [0.500, 0.500]" in capsys.readouterr().out
+
+
+def test_a_reward_model_judges_generations(tmp_path, tiny_model, pairs_file, monkeypatch, capsys):
+    # eval.py judge: prompts -> rewards -> score. Each answer's reward is that of tree_rewards on
+    # its own, and the shares follow from their signs. A reward model has no tokens to colour.
+    monkeypatch.chdir(tmp_path)
+    finish(tiny_model, pairs_file, tmp_path / "rm", "--method", "reward_model", "--max_steps", "2",
+           "--learning_rate", "0.05")
+    rows = [{"prompt": [["Human", f"{n} lamps?"]], "completion": text, "seed": n}
+            for n, text in enumerate(("Every letter.", "A red boat.", "It."))]
+    mine, against = (write_jsonl(tmp_path / name, rows_of) for name, rows_of in (
+        ("mine.jsonl", rows), ("other.jsonl", [row | {"completion": "Two!"} for row in rows])))
+    judge.main(["prompts", mine, "--against", against, "--out", "asked.jsonl"])
+    judge.main(["rewards", "asked.jsonl", "--reward_model", "rm", "--out", "said.jsonl"])
+    model, tokenizer = load_reward_model("rm/final"), Tokenizer(tiny_model)
+    for row, line in zip(rows, Path("said.jsonl").read_text().splitlines(), strict=True):
+        answers = [encode_dialogue(tokenizer, [*row["prompt"], ("Assistant", text)])
+                   for text in (row["completion"], "Two!")]
+        tree = Tree(answers[0][0], [ids for _, ids in answers], [1.0, 0.0], [(0, 1)])
+        given = json.loads(line)
+        assert [given["reward_a"], given["reward_b"]] == pytest.approx(
+            tree_rewards(model, [tree]).tolist(), abs=1e-5)
+    judge.main(["score", "--questions", "asked.jsonl", "--answers", "said.jsonl"])
+    assert "reward: 3 pairs on 3 prompts" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="said.jsonl exists"):
+        judge.main(["rewards", "asked.jsonl", "--reward_model", "rm", "--out", "said.jsonl"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--heatmap", "rm", "--dataset", str(pairs_file)])
+    with pytest.raises(ValueError, match="rm is a reward model; --heatmap colours"):
+        evaluate.main()
