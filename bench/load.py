@@ -2,7 +2,7 @@
 
     python bench/load.py                       # 7B shape on the CPU: 14 GB of disk, 16 GB of memory
     python bench/load.py --source bin          # float16 .bin shards, as lmsys/vicuna-7b-v1.5 ships
-    python bench/load.py --device cuda
+    python bench/load.py --device cuda # and a step of 8192 tokens with --gradient_checkpointing
 
 A folder of random weights is written shard by shard, then read in a fresh process that is watched
 from outside. Two peaks are reported: `anonymous` is memory the process must have; `file` is pages
@@ -73,7 +73,11 @@ def build(folder: Path, config, source: str, shard_bytes: int) -> None:
 # ---- the process that is measured ---------------------------------------------------------------
 
 def work(folder: str, device: str) -> None:
-    """Load, forward, one ULMA step on two trees of LoRA r 8; a JSON line after each stage."""
+    """Load, forward, one ULMA step of LoRA r 8 on pairs; a JSON line after each stage.
+
+    The step has two pairs on a CPU. On a GPU it fills train.py's default --micro_tokens, 8192, and
+    runs each layer again in the backward: what a card of 24 GB has to hold.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     start = time.perf_counter()
@@ -108,12 +112,14 @@ def work(folder: str, device: str) -> None:
     done("forward", tokens=len(ids), finite=bool(logits.isfinite().all()))
     add_lora(model, r=8, dropout=0.0)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    ids = ids.tolist()
-    trees = [Tree([1] + ids[:16], [ids[16:24] + [2], ids[24:32] + [2]], [1.0, 0.0], [(0, 1)]),
-             Tree([1] + ids[32:44], [ids[44:52] + [2], ids[52:60] + [2]], [1.0, 0.0], [(0, 1)])]
+    model.gradient_checkpointing = device == "cuda"
+    pairs, size = (2, 16) if device == "cpu" else (20, 200)       # 2 · 32 or 20 · 400 tokens
+    ids = torch.randint(3, model.config.vocab_size, (pairs, 2 * size), generator=generator)
+    trees = [Tree([1] + row[:size], [row[size:-size // 2] + [2], row[-size // 2:] + [2]],
+                  [1.0, 0.0], [(0, 1)]) for row in ids.tolist()]
     totals = backward_batch(model, partial(adapters_off, model), METHODS["ulma"], trees,
                             batch_counts(trees), beta=0.1, log_z=0.0, mean_logps=False,
-                            reduction="mean", micro_tokens=1024, device=device)
+                            reduction="mean", micro_tokens=8192, device=device)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     torch.optim.AdamW(parameters, lr=1e-4).step()
     done("step", tokens=int(totals[1]), loss=totals[0].item(), grad_norm=grad_norm.item())
