@@ -43,7 +43,7 @@ class Record:
 
 
 def read_rows(path: str):
-    """(where, dict) of every row of a JSON-lines or JSON-array file; raises ValueError with line."""
+    """(where, dict) of every row of a JSON-lines or JSON-array file; ValueError names the line."""
     with open(path, "rb") as stream:
         raw = stream.read()
     if raw.startswith(b"version https://git-lfs"):

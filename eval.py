@@ -46,7 +46,7 @@ WORLD_METRICS = {
 }
 
 
-# ---- the world: exact -----------------------------------------------------------------------------
+# ---- the world: exact ---------------------------------------------------------------------------
 
 def world_trees(tokenizer: Tokenizer, asked) -> list[Tree]:
     """Every valid answer to every prompt, in the order of `answers`."""
@@ -62,7 +62,7 @@ def world_trees(tokenizer: Tokenizer, asked) -> list[Tree]:
 
 @torch.no_grad()
 def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tensor]:
-    """log π(y | x) of every valid answer to every prompt: [X, Y] float64 nats; and lengths [X, Y]."""
+    """log π(y | x) of every valid answer to every prompt, float64 nats; and lengths: [X, Y] each."""
     logps, lengths, device = [], [], model.lm_head.weight.device
     for group in pack(world_trees(tokenizer, asked), 8192):
         stream = build_stream(group, device)
@@ -100,7 +100,7 @@ def optimum(reference: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, fl
 
 def world_scores(logps: Tensor, reference_logps: Tensor, lengths: Tensor, listed,
                  beta: float) -> dict[str, float]:
-    """WORLD_METRICS of one prompt: log-probs [Y] of its listed answers under policy and reference."""
+    """WORLD_METRICS of one prompt: log-probs [Y] of its answers under policy and reference."""
     rewards = torch.tensor([reward for _, reward, *_ in listed], dtype=torch.float64)    # [Y]
     harmful = torch.tensor([bad for _, _, bad, _ in listed], dtype=torch.float64)        # [Y]
     best = int(rewards.argmax())
@@ -134,7 +134,7 @@ def evaluate_world(policies: dict[str, Tensor], reference: Tensor, lengths: Tens
 
 
 def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
-    """One answer drawn from every policy's exact distribution, to a harmful and a harmless prompt."""
+    """One answer of every policy's exact distribution, to a harmful and a harmless prompt."""
     lists = [answers(*prompt) for prompt in asked]
     harmful = [any(bad for _, _, bad, _ in listed[:36]) for listed in lists]
     for number in (harmful.index(True), harmful.index(False)):
@@ -144,11 +144,12 @@ def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
             probs = with_rest(logps[number]).exp()
             drawn = int(torch.multinomial(probs, 1, generator=generator))
             worst = min(reward for _, reward, *_ in lists[number])
-            text, reward, bad, _ = (*lists[number], ("(not a valid answer)", worst, False, 0))[drawn]
+            nothing = ("(not a valid answer)", worst, False, 0)
+            text, reward, bad, _ = (*lists[number], nothing)[drawn]
             print(f"  {name:14} r* {reward:+.1f} {'HARMFUL ' if bad else '        '} {text}")
 
 
-# ---- files: held-out likelihoods ------------------------------------------------------------------
+# ---- files: held-out likelihoods ----------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate_file(model: Llama, reference, trees: list[Tree], beta: float) -> None:
@@ -172,7 +173,8 @@ def evaluate_file(model: Llama, reference, trees: list[Tree], beta: float) -> No
                 value, low, high = bootstrap(
                     lambda v: (-v[:, column].sum() / v[:, 2].sum()).exp(), values)
                 print(f"  perplexity of {name} responses under the {who:9}  {value:9.2f} "
-                      f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(values)} responses")
+                      f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(values)} "
+                      "responses")
     print_accuracy(torch.cat(pairs), "implicit reward", "beta log(pi / pi_ref)")
 
 
@@ -193,7 +195,7 @@ def print_accuracy(margins: Tensor, name: str, what: str) -> None:
               f"{len(margins)} pairs where {rule}; ties are halves")
 
 
-# ---- reward models --------------------------------------------------------------------------------
+# ---- reward models ------------------------------------------------------------------------------
 
 def agreement(values: Tensor, truth: Tensor) -> tuple[float, float]:
     """(accuracy, Spearman's rank correlation) of values [Y] against the true rewards [Y].
@@ -202,13 +204,13 @@ def agreement(values: Tensor, truth: Tensor) -> tuple[float, float]:
     does, a tie being half right; equal values share the mean of their ranks.
     """
     above = [v[:, None] - v[None] for v in (values.double(), truth.double())]    # [Y, Y]
-    accuracy = wins(above[0][above[1] > 1e-9])           # sums of table entries, equal up to rounding
+    accuracy = wins(above[0][above[1] > 1e-9])       # sums of table entries, equal up to rounding
     ranks = [(a > 1e-9).double().sum(1) + 0.5 * (a.abs() <= 1e-9).double().sum(1) for a in above]
     return float(accuracy), float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, asked) -> None:
-    """Print how a reward model orders all valid answers to every prompt, against the true reward."""
+    """Print how a reward model orders all valid answers to every prompt, against the truth."""
     trees = world_trees(tokenizer, asked)
     rewards = tree_rewards(model, trees).view(len(asked), -1)                    # [X, Y]
     lengths = torch.tensor([len(ids) for tree in trees for ids in tree.response_ids])
@@ -235,7 +237,7 @@ def evaluate_file_rewards(model: Llama, trees: list[Tree]) -> None:
                    "reward model", "r(x, y)")
 
 
-# ---- runs -----------------------------------------------------------------------------------------
+# ---- runs ---------------------------------------------------------------------------------------
 
 def evaluated_records(path: str, flags: dict, dataset: str | None):
     """(file, records): those of --dataset, else what the run at `path` held out of its own data."""
@@ -302,8 +304,8 @@ def evaluate_runs(paths: list[str], dataset: str | None, asked_beta: float | Non
                     reference, lengths = world_logps(frozen, tokenizer, asked)
                 policies["base + SFT" if sft_adapter else "base"] = reference
             elif flags.get("sft_adapter") != sft_adapter:
-                raise ValueError(f"{path} starts from --sft_adapter {flags.get('sft_adapter')}, the "
-                                 f"run before it from {sft_adapter}: measure them apart")
+                raise ValueError(f"{path} starts from --sft_adapter {flags.get('sft_adapter')}, "
+                                 f"the run before it from {sft_adapter}: measure them apart")
             policies[os.path.basename(os.path.normpath(path))] = world_logps(
                 model, tokenizer, asked)[0]
             continue

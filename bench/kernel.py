@@ -89,7 +89,7 @@ def float64_truth(task: str, data: dict):
     return loss.item(), torch.cat(gradient)
 
 
-# ---- contestants: (policy, reference, weight, policy labels, reference labels) -> log-probs -------
+# ---- contestants: (policy, reference, weight, their labels) -> log-probs -------------------------
 
 def each_alone(logps):
     """A function of one set of rows serves policy and reference, one after the other."""

@@ -68,8 +68,8 @@ if triton is not None:
     def _logp_rows(logits, labels, logps, entropy, kl, num_policy, row_stride,
                    V: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_V: tl.constexpr,
                    WANT_ERROR: tl.constexpr, WANT_ENTROPY: tl.constexpr, WANT_KL: tl.constexpr):
-        # Grid (n,): program r owns row r. It reads the row once for the log-sum-exp; a policy row is
-        # read again, from cache, and overwritten. bf16: 2 bytes a logit in, 2 out: 4 in all.
+        # Grid (n,): program r owns row r. It reads it once for the log-sum-exp; a policy row is read
+        # again, from cache, and overwritten. bf16: 2 bytes a logit in, 2 out: 4 in all.
         # Rows are PADDED_V apart, a multiple of 16, so that loads are 128 bits wide whatever V is;
         # columns from V on hold anything and count for nothing.
         r = tl.program_id(0).to(tl.int64)      # int64: r * row_stride passes 2**31 at row 67109
@@ -190,8 +190,8 @@ class _LinearLogps(torch.autograd.Function):
         u = torch.empty_like(policy_hidden) if want_error else None              # [N, D]
         blocks = list(_blocks(num_policy, num_reference, chunk_rows, want_kl))
         vocab = len(weight)
-        buffer = torch.empty(max((p.stop - p.start + r.stop - r.start for p, r in blocks), default=0),
-                             -(-vocab // 16) * 16 if with_kernel else vocab,
+        most = max((p.stop - p.start + r.stop - r.start for p, r in blocks), default=0)
+        buffer = torch.empty(most, -(-vocab // 16) * 16 if with_kernel else vocab,
                              dtype=weight.dtype if with_kernel else real, device=weight.device)
         for policy, reference in blocks:
             n, m = policy.stop - policy.start, reference.stop - reference.start

@@ -1,7 +1,8 @@
 """What several test files share: a tiny tokenizer and model made on the spot, and the real data.
 
 Nothing is fetched. Files called test_oracle_* ask transformers, PEFT and TRL (`make oracles`); they
-skip in an environment without them. Tests that read real data skip, saying so, where ../shared/data is absent.
+skip in an environment without them. Tests that read real data skip, saying so, where ../shared/data
+is absent.
 """
 import gzip
 import importlib

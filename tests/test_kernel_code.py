@@ -19,9 +19,10 @@ triton = pytest.importorskip("triton")
 def test_every_kernel_test_passes_in_the_interpreter():
     # tests/test_kernels.py once more, its functions being the Triton kernel's: the interpreter must
     # be chosen before the kernel is defined, hence another process.
-    run = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider",
-                          str(ROOT / "tests/test_kernels.py")], cwd=ROOT, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True)
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider",
+               str(ROOT / "tests/test_kernels.py")]
+    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True,
+                         env=os.environ | {"TRITON_INTERPRET": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"= \d+ passed in", run.stdout), run.stdout               # and none skipped
 
@@ -161,7 +162,8 @@ def test_a_kernel_that_gives_wrong_numbers_is_not_used(monkeypatch):
     monkeypatch.setattr(kernel_file, "_logp_rows", object())
     kernel_file.triton_problem.cache_clear()
     try:
-        assert kernel_file.triton_problem("cpu") == "a trial of 16 equal logits gave -1.0, not -log 16"
+        assert kernel_file.triton_problem("cpu") == (
+            "a trial of 16 equal logits gave -1.0, not -log 16")
     finally:
         kernel_file.triton_problem.cache_clear()
 
