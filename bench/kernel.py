@@ -11,7 +11,8 @@ its gradient in the policy's hidden states. Responses have 64 tokens, half are g
 
 Every contestant's loss and gradient are compared with float64 before any time is taken; one that is
 off is not timed. Then they run in turn, A B C A B C ..., so that a slow minute hits all. Memory is
-the peak beyond the inputs and beyond one [N, D], the gradient every contestant has to return.
+the peak of the forward beyond inputs and one [N, D] (ours saves u, others the hidden states), or
+that of the backward beyond one more, the gradient all have to return; whichever is larger.
 A contestant whose package is missing, or that cannot run on this device, is named and left out.
 """
 import argparse
@@ -139,8 +140,7 @@ def liger(task: str, data: dict):
         loss = LigerFusedLinearKTOLoss(beta=BETA, average_log_prob=False)(
             shaped[0], data["weight"], shaped[1], preference_labels=good,
             ref_input=reference.view(-1, TOKENS, width), ref_weight=data["weight"])
-    loss = loss[0] if isinstance(loss, tuple) else loss
-    return loss.detach(), torch.autograd.grad(loss, policy)[0]
+    return loss[0] if isinstance(loss, tuple) else loss, policy
 
 
 def bare_products(task: str, data: dict):
@@ -160,14 +160,18 @@ def from_logps(both):
     def run(task: str, data: dict):
         policy, which = data["policy"].detach().requires_grad_(), reference_rows(
             task, len(data["labels"]))
-        loss = loss_of(task, *both(policy, data["reference"][which], data["weight"],
-                                   data["labels"], data["labels"][which]))
-        return loss.detach(), torch.autograd.grad(loss, policy)[0]
+        return loss_of(task, *both(policy, data["reference"][which], data["weight"],
+                                   data["labels"], data["labels"][which])), policy
     return run
 
 
+def backward(loss, policy):
+    """The gradient; the bare products have made theirs already."""
+    return policy if loss is None else torch.autograd.grad(loss, policy)[0]
+
+
 def contestants(device: str) -> dict:
-    """name -> (package or None, task, data -> loss, gradient)."""
+    """name -> (package or None, (task, data) -> (loss, hidden states it is a function of))."""
     listed = {"bare products": (None, bare_products),
               "ours, Triton": (None, from_logps(linear_logps_triton)),
               "ours, torch": (None, from_logps(linear_logps_torch)),
@@ -190,33 +194,37 @@ def seconds(run, task: str, data: dict) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run(task, data)
+    backward(*run(task, data))
     if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def extra_bytes(run, task: str, data: dict) -> int | None:
-    """Peak beyond what was there and beyond the gradient [N, D]; None on a CPU."""
+    """Peak of forward beyond one [N, D], or of backward beyond two; None on a CPU."""
     if not data["weight"].is_cuda:
         return None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(task, data)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - data["policy"].nbytes
+    before, size = torch.cuda.memory_allocated(), data["policy"].nbytes
+    graph = run(task, data)
+    forward = torch.cuda.max_memory_allocated() - before - size
+    torch.cuda.reset_peak_memory_stats()
+    gradient = backward(*graph)
+    del graph, gradient
+    return max(forward, torch.cuda.max_memory_allocated() - before - 2 * size)
 
 
 def check(name: str, task: str, data: dict, run, truth) -> dict:
     """Errors of loss and gradient against float64; "left out" says why there are none."""
     try:
-        loss, gradient = run(task, data)
+        loss, policy = run(task, data)
+        gradient = backward(loss, policy)
     except Exception as error:              # not installed, not for this device, out of memory, ...
         return {"left out": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"}
     if name == "bare products" or (name == "Liger" and task == "ulma"):
         return {}                           # no loss; another loss on the same rows
-    errors = {"loss error": abs(float(loss) - truth[0]) / abs(truth[0]),
+    errors = {"loss error": abs(loss.item() - truth[0]) / abs(truth[0]),
               "gradient error": float((gradient.float() - truth[1]).norm() / truth[1].norm())}
     limit = 3e-2 if data["weight"].dtype == torch.bfloat16 else 1e-4
     if not max(errors.values()) <= limit:
