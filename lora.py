@@ -6,6 +6,7 @@ The reference model of an objective is this same model with its adapters off:
     with torch.no_grad(), lora_disabled(model):
         reference_hidden = model(input_ids)
 """
+import copy
 import json
 import math
 import os
@@ -259,3 +260,12 @@ def start_from_adapter(model: nn.Module, path: str, merge: bool = False) -> nn.M
     """
     load_adapter(model, path)
     return merge_lora(model).requires_grad_(True) if merge else freeze_lora(model)
+
+
+def with_adapter(base: nn.Module, path: str) -> nn.Module:
+    """A second model: the weights of `base`, shared, under the adapter of a PEFT folder; frozen.
+
+    base   a Llama without adapters, whose weights are never trained
+    """
+    shared = {id(p): p for p in base.parameters()}
+    return load_adapter(copy.deepcopy(base, shared), path).requires_grad_(False).eval()

@@ -17,7 +17,7 @@ from lora import lora_disabled
 from model import Llama
 from reward import feed_last_tokens, stream_rewards
 from trees import Stream, Tree, build_stream, pack
-from ulma import (dpo_loss, mse_reward_model_loss, negative_dpo_loss, pointwise_dpo_loss,
+from ulma import (d2o_loss, dpo_loss, mse_reward_model_loss, negative_dpo_loss, pointwise_dpo_loss,
                   pointwise_mse_loss, pointwise_reward_model_loss, positive_dpo_loss,
                   response_logps, reward_model_loss, sft_loss, ulma_loss, ulma_mse_loss,
                   unlearning_loss, unlikelihood_loss)
@@ -31,10 +31,19 @@ class Method:
 
     A reward model has no reference, and p are its rewards.
     """
-    uses: str            # responses it trains on: "all", "positive", "negative" or "pairs"
-    reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
+    uses: str            # responses it trains on: "all", "positive", "negative", "pairs", or
+                         # "anchors": negatives, each beside what the model itself said
+    reference: str       # responses that need the reference: "all", "negative" (z < 1), "none", or
+                         # "kept": all, computed before and kept in the trees
     loss: object         # (p, r, stream, beta, log_z) -> losses, per response or per pair
     p: str = "logps"     # what p is: "logps", or "rewards" of a score head
+
+
+def anchored_loss(p: Tensor, r: Tensor, stream: Stream, beta: float, log_z: float,
+                  alpha: float) -> Tensor:
+    """`d2o_loss` of a stream of trees [negative, anchor 1 .. K] with K pairs each: [P]."""
+    p, r = (logps.view(len(p) - len(stream.pairs), -1) for logps in (p, r))      # [P, 1 + K]
+    return d2o_loss(p[:, 1:], p[:, 0], r[:, 1:], r[:, 0], beta, alpha)           # [P]
 
 
 METHODS = {
@@ -50,6 +59,7 @@ METHODS = {
     "positive_dpo":  Method("positive", "all", lambda p, r, s, b, c: positive_dpo_loss(p, r, b, c)),
     "unlearning":    Method("negative", "none", lambda p, r, s, b, c: unlearning_loss(p)),
     "negative_dpo":  Method("negative", "all", lambda p, r, s, b, c: negative_dpo_loss(p, r, b, c)),
+    "d2o":           Method("anchors", "kept", anchored_loss),    # alpha is bound by the caller
     "unlikelihood":  Method("all", "none", lambda p, r, s, b, c: unlikelihood_loss(p, s.scores)),
     "reward_model":  Method("pairs", "none",
                             lambda p, r, s, b, c: reward_model_loss(*p[s.pairs].T), p="rewards"),
@@ -58,14 +68,15 @@ METHODS = {
     "mse_reward_model": Method(
         "all", "none", lambda p, r, s, b, c: mse_reward_model_loss(p, s.scores), p="rewards"),
 }
-NEEDS_REFERENCE = {"all": lambda score: True, "negative": lambda score: score < 1,
-                   "none": lambda score: False}
+NEEDS_REFERENCE = {"all": lambda score: True, "kept": lambda score: True,
+                   "negative": lambda score: score < 1, "none": lambda score: False}
 
 
 def check_fit(name: str, records) -> None:
     """Raise ValueError, naming the methods that fit, if `name` cannot train on these records."""
     scores = {score for record in records for score in record.scores}
     has = {"all": bool(scores), "positive": 1 in scores, "negative": 0 in scores,
+           "anchors": 0 in scores,
            "pairs": any(len(set(record.scores)) > 1 for record in records)}
     # these are more than SFT only through their bad responses
     needs_bad = {"ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood",
@@ -75,6 +86,7 @@ def check_fit(name: str, records) -> None:
     if name not in fit:
         lack = {"pairs": "no prompt has a better and a worse response",
                 "positive": "no response has z = 1", "negative": "no response has z = 0",
+                "anchors": "no response has z = 0",
                 "all": "no response has z < 1"}[METHODS[name].uses]
         raise ValueError(f"--method {name} does not fit the data: {lack}; methods that fit: "
                          f"{', '.join(fit) or 'none'}")
@@ -141,6 +153,29 @@ def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: St
             response_logps(frozen, owners, len(stream.scores), mean))
 
 
+@torch.no_grad()
+def reference_logps(reference, trees: list[Tree], wanted, mean: bool, micro_tokens: int,
+                    linear_logps=linear_logps) -> list[list[float]]:
+    """log π_ref(y | x) of every response of every tree, nats, to be kept; 0 for those not wanted.
+
+    wanted   score -> bool: which responses
+    others   see `sequence_logps`, `backward_batch`
+    """
+    logps = []
+    with reference() as frozen:
+        head = frozen.lm_head.weight
+        for group in pack(trees, micro_tokens):
+            stream = build_stream(group, head.device, wanted)
+            hidden = frozen(stream.input_ids, stream.position_ids, stream.segments)      # [T, D]
+            hidden = hidden.index_select(0, stream.predict_from)                 # [N, D]
+            _, per_token_logps = linear_logps(hidden[:0], hidden, head, stream.labels[:0],
+                                              stream.labels)                     # [N]
+            logps += response_logps(per_token_logps, stream.response_ids, len(stream.scores),
+                                    mean).tolist()
+    ends = torch.tensor([len(tree.scores) for tree in trees]).cumsum(0).tolist()
+    return [logps[end - len(tree.scores):end] for end, tree in zip(ends, trees)]
+
+
 def loss_weights(scores: Tensor, pairs: Tensor, counts: dict, reduction: str, uses: str) -> Tensor:
     """1 / (what the loss is averaged over, in the whole global batch), per loss.
 
@@ -149,6 +184,8 @@ def loss_weights(scores: Tensor, pairs: Tensor, counts: dict, reduction: str, us
     """
     if uses == "pairs":
         weights = [1 / counts["pairs"]] * len(pairs)
+    elif uses == "anchors":              # a tree of 1 + K responses and K pairs has one loss
+        weights = [1 / (counts["responses"] - counts["pairs"])] * (len(scores) - len(pairs))
     elif reduction == "mean":
         weights = [1 / counts["responses"]] * len(scores)
     else:
@@ -206,10 +243,13 @@ def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], c
             policy, frozen = stream_rewards(model, stream), None                  # [R]
             metrics = metric_sums(None, policy.detach(), [True] * len(policy), stream)
         else:
-            reference_stream = (stream if method.reference == "all"
+            kept = method.reference == "kept"
+            reference_stream = (stream if method.reference == "all" else None if kept
                                 else build_stream(group, device, needs_reference))
             policy, frozen = sequence_logps(                                      # [R], [R]
                 model, reference, stream, reference_stream, mean_logps, linear_logps)
+            if kept:
+                frozen = policy.new_tensor([r for tree in group for r in tree.reference_logps])
             metrics = metric_sums(policy.detach(), beta * (policy.detach() - frozen),
                                   [needs_reference(z) for z in stream.scores.tolist()], stream)
         losses = method.loss(policy, frozen, stream, beta, log_z)                 # [R] or [P]

@@ -22,18 +22,20 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import anchors
 from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
                         save_checkpoint, save_weights, sha256, starts_from, trainable,
                         write_folder)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
-from lora import add_lora, start_from_adapter
+from lora import add_lora, start_from_adapter, with_adapter
 from model import Llama, load_llama
 from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
@@ -106,8 +108,12 @@ def base_name(args) -> str:
 def reference_name(args) -> str:
     if METHODS[args.method].reference == "none":
         return f"none, --method {args.method} has no use for one"
-    return base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
+    base = base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
                               " (a copy that is not trained)")
+    if args.reference_plus or args.reference_minus:
+        return (f"{args.reference_plus or base} under negatives, {args.reference_minus or base} "
+                "under anchors")
+    return base
 
 
 class Stop:
@@ -124,10 +130,13 @@ class Stop:
         self.signal = number
 
 
-def train(args, model: Llama, reference, trees: list[Tree], batches: list[list[int]], rank: int,
-          world_size: int, device, stop: Stop) -> None:
-    """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
-    method, parameters = METHODS[args.method], list(trainable(model).values())
+def train(args, method, model: Llama, reference, trees: list[Tree], batches: list[list[int]],
+          rank: int, world_size: int, device, stop: Stop, anchored=None) -> None:
+    """The loop: from the newest checkpoint (or the start) to the last step of the plan.
+
+    anchored   step -> trees by number, each with anchors, until the next refresh (d2o)
+    """
+    parameters = list(trainable(model).values())
     warmup = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
@@ -137,8 +146,11 @@ def train(args, model: Llama, reference, trees: list[Tree], batches: list[list[i
     if rank == 0:
         rewind_metrics(args.output_dir, first)
         print(f"{len(batches)} steps" + (f", continuing after step {first}" if first else ""))
+    trees = anchored(first) if anchored else trees
     log = Log(args, rank, first, len(batches))
     for step in range(first, len(batches)):
+        if anchored and args.refresh_anchors and step > first and step % args.refresh_anchors == 0:
+            trees = anchored(step)
         batch = [trees[index] for index in batches[step]]
         lr = learning_rate(step, args.learning_rate, warmup, len(batches))
         for group in optimizer.param_groups:
@@ -259,10 +271,11 @@ def parse_args(argv=None):
          help="log-prob of a response: sum (papers) or mean per token (authors' code)")
     flag("--reduction", choices=("mean", "class"), default="mean",
          help="mean over responses, or mean over positives + mean over the rest (authors' code)")
+    anchors.add_flags(parser)
     flag = parser.add_argument_group("optimization").add_argument
     flag("--learning_rate", type=float, default=1e-5, help="peak")
     flag("--batch_size", type=int, default=64,
-         help="responses per step over all ranks; pairs for dpo and reward_model")
+         help="responses per step over all ranks; pairs for dpo and reward_model; prompts for d2o")
     flag("--num_train_epochs", type=float, default=1.0, help="passes over the data")
     flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
     flag("--warmup_steps", type=float, default=0, help="linear warm-up; < 1 is a fraction")
@@ -294,14 +307,16 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
     check_flags(args)
+    anchors.check_flags(args)
+    if args.method == "d2o" and args.alpha is None:
+        args.alpha = args.beta
     return args
 
 
 def prepare(args, rank: int, device):
     """Read and check everything before anything is written.
 
-    returns (model, reference, trees, batches, tokenizer)
-
+    returns (model, reference, (π_r+, π_r-) of d2o, trees, batches, tokenizer)
     raises  ValueError or OSError, one sentence, for whatever does not fit
     """
     method, counts = METHODS[args.method], Counter()
@@ -312,8 +327,10 @@ def prepare(args, rank: int, device):
     records, held_out = split_by_prompt(records, args.held_out)
     check_fit(args.method, records)
     counts = Counter()
-    trees = make_trees(records, tokenizer, method.uses, args.max_length, args.max_prompt_length,
-                       counts)
+    uses = "negative" if method.uses == "anchors" else method.uses
+    trees = make_trees(records, tokenizer, uses, args.max_length, args.max_prompt_length, counts)
+    if method.uses == "anchors":
+        trees = anchors.one_negative_per_tree(trees)
     batches = plan_batches(trees, method.uses, args.batch_size, args.num_train_epochs,
                            args.max_steps, args.seed)
     if not batches:
@@ -329,8 +346,12 @@ def prepare(args, rank: int, device):
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.sft_adapter:
         start_from_adapter(model, args.sft_adapter, merge=args.lora_r == 0)
+    base, reference = model, None
+    if not args.lora_r and method.reference != "none":
+        base = copy.deepcopy(model).requires_grad_(False)
+    adapted = [path and with_adapter(base, path)
+               for path in (args.reference_plus, args.reference_minus)]
     torch.manual_seed(args.seed)
-    reference = None
     if args.lora_r:
         dropout = args.lora_dropout if method.reference == "none" else 0.0
         add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target_modules)
@@ -338,7 +359,8 @@ def prepare(args, rank: int, device):
         if method.p == "rewards":
             add_score_head(model)
     elif method.reference != "none":
-        reference = partial(frozen_copy, copy.deepcopy(model).requires_grad_(False))
+        reference = partial(frozen_copy, base)
+    references = [partial(frozen_copy, other) if other else reference for other in adapted]
     if rank == 0:
         print(f"training on {len(trees)} prompts, {batch_counts(trees)}; held out: "
               f"{len(held_out)} records")
@@ -346,7 +368,7 @@ def prepare(args, rank: int, device):
             print(f"  {what:58} {number:7}")
         print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained, from "
               f"{base_name(args)}; reference: {reference_name(args)}")
-    return model, reference, trees, batches, tokenizer
+    return model, reference, references, trees, batches, tokenizer
 
 
 def main(argv=None) -> None:
@@ -363,14 +385,26 @@ def main(argv=None) -> None:
         args.model_name_or_path = base_model()
         args.dataset = data_file("pairs" if METHODS[args.method].uses == "pairs" else
                                  "ratings" if args.method == "mse_reward_model" else "points")
-    model, reference, trees, batches, tokenizer = prepare(args, rank, device)
+    model, reference, references, trees, batches, tokenizer = prepare(args, rank, device)
     flags = vars(args) | {"dataset_sha256": sha256(args.dataset),
                           "reference": reference_name(args)}
     if rank == 0:
         claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
     if world_size > 1:
         dist.barrier()
-    train(args, model, reference, trees, batches, rank, world_size, device, Stop())
+    method, anchored, stop = METHODS[args.method], None, Stop()
+    if args.method == "d2o":
+        method = replace(method, loss=partial(method.loss, alpha=args.alpha))
+        anchored = partial(
+            anchors.anchored_trees, output_dir=args.output_dir, model=model, references=references,
+            trees=trees, batches=batches, every=args.refresh_anchors, seed=args.seed,
+            num_anchors=args.num_anchors,
+            sampling=(args.anchor_tokens, args.anchor_temperature, args.anchor_top_p,
+                      tokenizer.eos_id),
+            mean_logps=args.logp_reduction == "mean", micro_tokens=args.micro_tokens,
+            linear_logps=choose_linear_logps(args.kernels, device.type), rank=rank,
+            world_size=world_size, stop=stop)
+    train(args, method, model, reference, trees, batches, rank, world_size, device, stop, anchored)
     if rank == 0:
         def write(folder):
             save_weights(model, folder, base_name(args))

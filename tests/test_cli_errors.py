@@ -109,7 +109,7 @@ def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_pa
     # Points have no pairs; all-good points have nothing a method with a bad half could use.
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*POINTS, POINTS[0] | {"label": False}])
     fit = ("ulma, ulma_mse, pointwise_dpo, pointwise_mse, sft, positive_dpo, unlearning, "
-           "negative_dpo, unlikelihood, pointwise_reward_model, mse_reward_model\n")
+           "negative_dpo, d2o, unlikelihood, pointwise_reward_model, mse_reward_model\n")
     has(refused("--method", "dpo", dataset=mixed), "--method dpo", "no prompt has a better",
         "methods that fit: " + fit)
     good = write_jsonl(tmp_path / "good.jsonl", POINTS)
@@ -117,7 +117,7 @@ def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_pa
                    "pointwise_reward_model", "mse_reward_model"):
         has(refused("--method", method, dataset=good), f"--method {method}",
             "no response has z < 1", "methods that fit: sft, positive_dpo\n")
-    for method in ("unlearning", "negative_dpo"):
+    for method in ("unlearning", "negative_dpo", "d2o"):
         has(refused("--method", method, dataset=good), "no response has z = 0", "fit: sft, pos")
     bad = write_jsonl(tmp_path / "bad.jsonl", [row | {"label": 0} for row in POINTS])
     for method in ("sft", "positive_dpo"):
@@ -251,6 +251,17 @@ FLAGS = {      # flags, words of the sentence
     "decay -1": ("--weight_decay -1", "weight_decay"),
     "dropout 2": ("--lora_dropout 2 --method sft", "dropout"),
     "beta nan": ("--beta nan", "beta"),
+    # d2o
+    "no anchor": ("--method d2o --num_anchors 0", "--num_anchors 0 must be in [1, 15]"),
+    "16 anchors": ("--method d2o --num_anchors 16", "a tree holds 16 responses"),
+    "refresh -1": ("--method d2o --refresh_anchors -1", "--refresh_anchors -1"),
+    "alpha -1": ("--method d2o --alpha -1", "--alpha -1"),
+    "greedy": ("--method d2o --anchor_temperature 0", "--anchor_temperature 0.0 must be above 0"),
+    "top_p 0": ("--method d2o --anchor_top_p 0", "--anchor_top_p 0.0 in (0, 1]"),
+    "long anchor": ("--method d2o --anchor_tokens 513", "--anchor_tokens 513", "[1, 512]"),
+    "no adapter": ("--method d2o --reference_plus .", "./adapter_config.json: no such file"),
+    "not d2o": ("--method ulma --num_anchors 3 --alpha 1", "--num_anchors, --alpha: only",
+                "--method d2o", "not ulma"),
     # the forward multiplies by lm_head.weight itself: an adapter there would do nothing
     "lm_head": ("--lora_target_modules q_proj lm_head", "lm_head"),
 }

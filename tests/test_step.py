@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,19 @@ def make_trees(count=11, seed=1):
     return trees
 
 
+def anchored(trees):
+    """Trees [negative, two anchors] for every response, with reference_logps from anywhere."""
+    generator = torch.Generator().manual_seed(3)
+    trees = [Tree(tree.prompt_ids, [ids, ids[::-1], [5, 7] + ids], [0.0, 1.0, 1.0],
+                  [(1, 0), (2, 0)]) for tree in trees for ids in tree.response_ids]
+    return [replace(tree, reference_logps=(-9 * torch.rand(3, generator=generator)).tolist())
+            for tree in trees]
+
+
 def usable(trees, uses):
     """The trees reduced to the responses a method trains on (as make_trees does for records)."""
+    if uses == "anchors":
+        return anchored(trees)
     out = []
     for tree in trees:
         keep = [i for i, z in enumerate(tree.scores)
@@ -69,9 +81,11 @@ def usable(trees, uses):
 def gradient(trees, name, shares=None, micro_tokens=8192, reduction="mean", mean_logps=False,
              dtype=torch.float64, linear_logps=linear_logps):
     """(loss, flat gradient) of one batch, its trees dealt to `shares` ranks played in turn."""
-    model = make_model(dtype, score_head=METHODS[name].p == "rewards")
+    model, method = make_model(dtype, score_head=METHODS[name].p == "rewards"), METHODS[name]
+    if name == "d2o":
+        method = replace(method, loss=partial(method.loss, alpha=0.7))
     for share in shares or [trees]:
-        total = backward_batch(model, partial(adapters_off, model), METHODS[name], share,
+        total = backward_batch(model, partial(adapters_off, model), method, share,
                                batch_counts(trees), beta=0.3, log_z=0.2, mean_logps=mean_logps,
                                reduction=reduction, micro_tokens=micro_tokens,
                                linear_logps=linear_logps)
@@ -112,6 +126,9 @@ def plain_gradient(trees, name, reduction, mean_logps):
         if name == "dpo":
             margins = 0.3 * (margins - frozen[i] + frozen[j])
         loss = -torch.log(sigmoid(margins)).mean()
+    elif name == "d2o":
+        rho = policy - torch.tensor(sum((tree.reference_logps for tree in trees), []))
+        loss = -torch.log(sigmoid(0.3 / 2 * (rho[1::3] + rho[2::3]) - 0.7 * rho[::3])).mean()
     else:
         h = 0.3 * (policy - frozen) + 0.2
         losses = {
@@ -155,12 +172,13 @@ def test_the_authors_reductions_equal_the_plain_implementation(name):
     torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ulma", "dpo", "ulma_mse", "reward_model", "mse_reward_model"])
+@pytest.mark.parametrize("name", ["ulma", "dpo", "ulma_mse", "d2o", "reward_model",
+                                  "mse_reward_model"])
 @pytest.mark.parametrize("reduction", ["mean", "class"])
 def test_packing_micro_batches_and_sharing_change_nothing(name, reduction):
     trees = usable(make_trees(), METHODS[name].uses)
     loss, grad = gradient(trees, name, reduction=reduction)
-    split = trees if METHODS[name].uses == "pairs" else [
+    split = trees if METHODS[name].uses in ("pairs", "anchors") else [
         Tree(tree.prompt_ids, [ids], [z], [])
         for tree in trees for ids, z in zip(tree.response_ids, tree.scores)]
     for other, micro_tokens in ((trees, 1), (trees, 40), (trees[::-1], 8192), (split, 50)):
