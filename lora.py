@@ -5,6 +5,10 @@ The reference model of an objective is this same model with its adapters off:
     add_lora(model, r=8, alpha=32)
     with torch.no_grad(), lora_disabled(model):
         reference_hidden = model(input_ids)
+
+Several models can stand on one set of frozen weights, each with an adapter of its own:
+
+    value = add_lora(share_base(model))
 """
 import copy
 import json
@@ -141,6 +145,17 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
     return model
+
+
+def share_base(model: nn.Module) -> nn.Module:
+    """Another Llama whose weights are those of `model`, frozen and not copied, without adapters."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    base = model.state_dict()                      # an adapted layer keeps its weight's name
+    twin.load_state_dict({name: base[name] for name in twin.state_dict()}, assign=True)
+    if model.config.tie_word_embeddings:
+        twin.lm_head.weight = twin.model.embed_tokens.weight
+    return twin.requires_grad_(False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from lora import (
     lora_layers,
     merge_lora,
     save_adapter,
+    share_base,
 )
 from model import Linear, Llama, LlamaConfig
 from step import adapters_off, sequence_logps
@@ -242,6 +244,43 @@ def test_dropout_keeps_the_mean():
     x = torch.ones(1, 16)
     mean = layer.train()(x.expand(4000, 16)).mean(0)
     assert_close(mean, layer.eval()(x)[0], rtol=0, atol=0.05)
+
+
+# ---- several models on one base -----------------------------------------------------------------
+
+def storages(model):
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+            for p in model.parameters()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_that_share_a_base_hold_its_weights_once(tied):
+    # Four models would take four times the memory; these take the adapters' beside it.
+    model = Llama(replace(CONFIG, tie_word_embeddings=tied))
+    base = storages(model)
+    add_lora(model, 3, 6, 0.0)
+    twin = share_base(model)
+    assert storages(twin) == base and not trained(twin) and not lora_layers(twin)
+    for name, p in twin.named_parameters():
+        assert p.data_ptr() == model.get_parameter(name).data_ptr(), name
+    assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
+    add_lora(twin, 2, 4, 0.0, ["o_proj"])
+    adapters = [p.nbytes for m in (model, twin) for p in m.parameters() if p.requires_grad]
+    assert sum((storages(model) | storages(twin)).values()) == sum(base.values()) + sum(adapters)
+
+
+def test_models_on_one_base_have_adapters_of_their_own():
+    model = adapted_model()
+    twin = share_base(model)
+    with lora_disabled(model):
+        assert torch.equal(hidden_of(twin), hidden_of(model))
+    before = hidden_of(model)
+    add_lora(twin, 2, 4, 0.0)
+    for layer in lora_layers(twin).values():
+        torch.nn.init.normal_(layer.lora_B)
+    assert torch.equal(hidden_of(model), before) and not torch.equal(hidden_of(twin), before)
+    with lora_disabled(twin):
+        assert torch.equal(hidden_of(model), before)
 
 
 # ---- refusals -----------------------------------------------------------------------------------
