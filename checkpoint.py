@@ -2,7 +2,8 @@
 
     OUT/args.json          every flag, and the SHA-256 of the data; written first
     OUT/metrics.jsonl      one JSON object per logged step
-    OUT/checkpoint-N/      adapter (or model), optimizer.safetensors, trainer_state.json
+    OUT/checkpoint-N/      adapter (or model), optimizer.safetensors, trainer_state.json; ppo.py,
+                           which trains two adapters: trained.safetensors instead
     OUT/final/             the result: a PEFT adapter, or a Hugging Face model
 
 A folder is written as `.tmp-NAME`, flushed to disk and renamed: the rename is the commit. Nothing
@@ -23,6 +24,7 @@ from lora import adapter_tensors, load_adapter, save_adapter, start_from_adapter
 from model import load_llama, save_llama
 from reward import add_score_head
 from step import adapters_off, frozen_copy
+from tokenizer import copy_tokenizer
 from weights import read_json
 
 
@@ -158,11 +160,23 @@ def trainable(model) -> dict[str, Tensor]:
 
 
 def save_weights(model, path: str, base_model: str) -> None:
-    """A PEFT adapter if the model has one, else the whole model."""
-    if adapter_tensors(model):
+    """A PEFT adapter if the model has one, else the whole model; of a ModuleDict what is trained."""
+    if isinstance(model, torch.nn.ModuleDict):
+        save_file(trainable(model), os.path.join(path, "trained.safetensors"))
+    elif adapter_tensors(model):
         save_adapter(model, path, base_model)
     else:
         save_llama(model, path)
+
+
+def save_final(output_dir: str, model, base_model: str, tokenizer) -> None:
+    """Write OUT/final: the weights and the tokenizer."""
+    def write(folder):
+        save_weights(model, folder, base_model)
+        copy_tokenizer(tokenizer, folder)
+    path = os.path.join(output_dir, "final")
+    write_folder(path, write)
+    print(f"done: {path}")
 
 
 def save_checkpoint(output_dir: str, step: int, model, optimizer, base_model: str,
@@ -196,7 +210,11 @@ def load_checkpoint(path: str, model, optimizer) -> int:
         if sha256(os.path.join(path, file)) != digest:
             raise ValueError(f"{os.path.join(path, file)} is damaged (its SHA-256 is not the one "
                              f"saved); remove {path} to continue from an older checkpoint")
-    if adapter_tensors(model):
+    if isinstance(model, torch.nn.ModuleDict):
+        tensors = load_file(os.path.join(path, "trained.safetensors"))
+        for name, p in trainable(model).items():
+            p.copy_(tensors[name])
+    elif adapter_tensors(model):
         load_adapter(model, path)
     else:
         loaded = load_llama(path, dtype=model.lm_head.weight.dtype)
@@ -212,11 +230,8 @@ def load_checkpoint(path: str, model, optimizer) -> int:
 
 # ---- a finished run -----------------------------------------------------------------------------
 
-def load_run(path: str):
-    """(model, callable giving its reference, flags) of a finished run of train.py.
-
-    A reward model has no reference: None.
-    """
+def read_run(path: str) -> dict:
+    """The flags of a finished run of train.py or ppo.py; ValueError or OSError for anything else."""
     file = os.path.join(path, "args.json")
     if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
         raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
@@ -225,9 +240,18 @@ def load_run(path: str):
     if missing := {"method", "model_name_or_path", "bf16", "lora_r", "dataset",
                    "beta"} - set(flags):
         raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
+    return flags
+
+
+def load_run(path: str):
+    """(model, callable giving its reference, flags) of a finished run of train.py or ppo.py.
+
+    A reward model has no reference: None.
+    """
+    flags, final = read_run(path), os.path.join(path, "final")
     dtype = torch.bfloat16 if flags["bf16"] else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, final = load_llama(flags["model_name_or_path"], dtype, device), os.path.join(path, "final")
+    base = load_llama(flags["model_name_or_path"], dtype, device)
     if flags.get("sft_adapter"):
         start_from_adapter(base, flags["sft_adapter"], merge=flags["lora_r"] == 0)
     if flags["method"].endswith("reward_model"):

@@ -31,8 +31,7 @@ from torch import Tensor
 
 import anchors
 from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
-                        save_checkpoint, save_weights, sha256, starts_from, trainable,
-                        write_folder)
+                        save_checkpoint, save_final, sha256, starts_from, trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
 from lora import add_lora, start_from_adapter, with_adapter
@@ -40,7 +39,7 @@ from model import Llama, load_llama
 from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
                   frozen_copy)
-from tokenizer import Tokenizer, copy_tokenizer
+from tokenizer import Tokenizer
 from trees import Tree, epoch_batches, make_trees, shard
 from world import WORLD_FLAGS, base_model, data_file, ensure_world
 
@@ -63,6 +62,23 @@ def all_reduce_sum_(parameters: list[Tensor], extras: Tensor) -> Tensor:
     for p, grad in zip(parameters, grads):
         p.grad.copy_(grad.view_as(p))
     return extras.double()
+
+
+def optimizer_step(optimizer, parameters: list[Tensor], extras: Tensor, max_grad_norm: float,
+                   where: str) -> tuple[list[float], float]:
+    """Sum gradients and extras over ranks, clip, step; returns (extras, gradient norm).
+
+    extras   [loss, …]; where, what the error names
+    raises   FloatingPointError, before anything is updated, for a loss or gradient not finite
+    """
+    extras = all_reduce_sum_(parameters, extras).tolist()
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(extras[0]) or not math.isfinite(grad_norm):
+        raise FloatingPointError(f"{where}: loss {extras[0]}, gradient norm {grad_norm}; nothing "
+                                 "was updated or saved")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return extras, grad_norm
 
 
 def set_up_processes() -> tuple[int, int, torch.device]:
@@ -162,14 +178,9 @@ def train(args, method, model: Llama, reference, trees: list[Tree], batches: lis
             reduction=args.reduction, micro_tokens=args.micro_tokens, device=device,
             linear_logps=choose_linear_logps(args.kernels, device.type))
         extras = torch.cat([totals, totals.new_tensor([stop.signal])])
-        *totals, stop_signal = all_reduce_sum_(parameters, extras).tolist()
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
-        if not math.isfinite(totals[0]) or not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"step {step + 1}: loss {totals[0]}, gradient norm {grad_norm}; nothing was "
-                f"updated or saved. Trees of this batch: {batches[step]}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        (*totals, stop_signal), grad_norm = optimizer_step(
+            optimizer, parameters, extras, args.max_grad_norm,
+            f"step {step + 1}, trees {batches[step]}")
         log.add(step + 1, totals, grad_norm, lr)
         done = step + 1 == len(batches)
         if rank == 0 and not done and (stop_signal or (step + 1) % args.save_steps == 0):
@@ -179,6 +190,15 @@ def train(args, method, model: Llama, reference, trees: list[Tree], batches: lis
             if rank == 0:
                 print(f"stopped after step {step + 1}, saved; the same command continues")
             sys.exit(128 + (stop.signal or signal.SIGTERM))
+
+
+def write_line(output_dir: str, line: dict, shown, total: int, left: float) -> None:
+    """Append a line to metrics.jsonl, and print what is `shown` of it and the seconds left."""
+    text = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
+    print(f"step {line['step']}/{total}  {text}  {line['tokens_per_s']:.0f} tok/s  "
+          f"{int(left) // 60}:{int(left) % 60:02} left", flush=True)
+    with open(os.path.join(output_dir, "metrics.jsonl"), "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
 
 
 class Log:
@@ -201,14 +221,8 @@ class Log:
                  zip(METRICS, sums[::2], sums[1::2]) if count}
         line |= {"grad_norm": grad_norm, "lr": lr, "tokens": int(tokens),
                  "tokens_per_s": round(tokens / (now - self.since), 1)}
-        left = (now - self.start) / (step - self.first) * (self.total - step)
-        shown = "  ".join(f"{name} {line[name]:.4g}" for name in
-                          ("loss", *METRICS, "grad_norm", "lr") if name in line)
-        print(f"step {step}/{self.total}  {shown}  {line['tokens_per_s']:.0f} tok/s  "
-              f"{int(left) // 60}:{int(left) % 60:02} left", flush=True)
-        with open(os.path.join(self.args.output_dir, "metrics.jsonl"), "a",
-                  encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        write_line(self.args.output_dir, line, ("loss", *METRICS, "grad_norm", "lr"), self.total,
+                   (now - self.start) / (step - self.first) * (self.total - step))
         self.since, self.steps = now, 0
         self.sums.zero_()
 
@@ -217,19 +231,25 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Defaults behind every flag, and the file's header as it is written."""
 
 
-def check_flags(args) -> None:
-    """Raise ValueError, naming the flag, for values that no run can mean."""
-    for name in ("batch_size", "micro_tokens", "logging_steps", "save_steps", "save_total_limit"):
+def check_ranges(args, counts, ranges: dict) -> None:
+    """Raise ValueError, naming the flag, for a count below 1 or a value outside its range."""
+    for name in counts:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    ranges = {"held_out": (0, 1), "lora_dropout": (0, 1), "learning_rate": (0, math.inf),
-              "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
-              "num_train_epochs": (0, math.inf), "beta": (0, math.inf), "lora_alpha": (0, math.inf),
-              "max_grad_norm": (0, math.inf), "log_z": (-math.inf, math.inf)}
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if not (math.isfinite(value) and low <= value <= high):
             raise ValueError(f"--{name} {value} must be a number in [{low}, {high}]")
+
+
+def check_flags(args) -> None:
+    """Raise ValueError, naming the flag, for values that no run can mean."""
+    ranges = {"held_out": (0, 1), "lora_dropout": (0, 1), "learning_rate": (0, math.inf),
+              "weight_decay": (0, math.inf), "warmup_steps": (0, math.inf),
+              "num_train_epochs": (0, math.inf), "beta": (0, math.inf), "lora_alpha": (0, math.inf),
+              "max_grad_norm": (0, math.inf), "log_z": (-math.inf, math.inf)}
+    check_ranges(args, ("batch_size", "micro_tokens", "logging_steps", "save_steps",
+                        "save_total_limit"), ranges)
     if bool(args.dataset) != bool(args.model_name_or_path):
         raise ValueError("--dataset and --model_name_or_path go together (leave out both for the "
                          "embedded world)")
@@ -406,11 +426,7 @@ def main(argv=None) -> None:
             world_size=world_size, stop=stop)
     train(args, method, model, reference, trees, batches, rank, world_size, device, stop, anchored)
     if rank == 0:
-        def write(folder):
-            save_weights(model, folder, base_name(args))
-            copy_tokenizer(tokenizer, folder)
-        write_folder(os.path.join(args.output_dir, "final"), write)
-        print(f"done: {os.path.join(args.output_dir, 'final')}")
+        save_final(args.output_dir, model, base_name(args), tokenizer)
     if world_size > 1:
         dist.barrier()               # gloo aborts a rank that waits while another one leaves
         dist.destroy_process_group()
