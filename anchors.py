@@ -101,7 +101,7 @@ def sampling_batches(trees: list[Tree], numbers: list[int], num_anchors: int,
     """Tree numbers of every batch: prompts of like length together, within the cache's room."""
     batches = []
     for number in sorted(numbers, key=lambda n: (len(trees[n].prompt_ids), trees[n].prompt_ids)):
-        size = num_anchors * (len(trees[number].prompt_ids) + max_new_tokens)    # the longest so far
+        size = num_anchors * (len(trees[number].prompt_ids) + max_new_tokens)    # longest so far
         if not batches or (len(batches[-1]) + 1) * size > cache_tokens:
             batches.append([])
         batches[-1].append(number)
@@ -187,13 +187,14 @@ def anchored_trees(step: int, output_dir: str, model, references, trees: list[Tr
     others   see `anchor_rows`, step.backward_batch
     Batches go to ranks in turn; what is in them does not depend on the number of ranks.
     """
-    made = step - step % every if every else 0
-    steps = batches[made:made + every] if every else batches
+    said_at = step - step % every if every else 0
+    steps = batches[said_at:said_at + every] if every else batches
     numbers = sorted({number for batch in steps for number in batch})
-    file = os.path.join(output_dir, f"anchors-{made}.jsonl")
-    if step > made:
+    file = os.path.join(output_dir, f"anchors-{said_at}.jsonl")
+    if step > said_at:
         return read_anchors(file, trees, numbers)
     packs = sampling_batches(trees, numbers, num_anchors, sampling[0], CACHE_TOKENS * micro_tokens)
+    # a batch cut by a kill is sampled again as a whole: what it says depends on it in the last bits
     first = gather(whole_batches(file, packs) if rank == 0 else 0)[0]
     start, said = time.perf_counter(), 0
     for number in range(first, len(packs), world_size):
@@ -216,4 +217,9 @@ def anchored_trees(step: int, output_dir: str, model, references, trees: list[Tr
                 print("stopped among anchors, saved; the same command continues")
             raise SystemExit(128 + max(signals))
     gather(None)                                # rank 0 has written before another reads
-    return read_anchors(file, trees, numbers)
+    made = read_anchors(file, trees, numbers)
+    if rank == 0:
+        ended = [ids[-1] == sampling[3] for tree in made.values() for ids in tree.response_ids[1:]]
+        print(f"{file}: {len(ended)} anchors, {ended.count(False)} of them cut at {sampling[0]} "
+              "tokens")
+    return made

@@ -1,8 +1,8 @@
 """Anchors of D2O: who says them, what is kept of them, and whole runs of train.py --method d2o.
 
-The bugs named (iii) to (vi) are those of the only public implementation the authors of these tests
-could read: references that are the policy itself, references copied from it on the way, a canned
-sentence as anchor, and a response's start found by tokenizing its prompt again.
+Numbers (iii) to (vi) are bugs of a public re-implementation: (iii) references that are the policy
+itself, (iv) references copied from it on the way, (v) a canned sentence as anchor, (vi) a response's
+start found by tokenizing the prompt again.
 """
 import json
 import signal
@@ -78,7 +78,7 @@ def test_every_anchor_is_a_sample_of_the_policy_with_a_seed_of_its_own(tmp_path)
 
 def test_batches_of_sampling_hold_every_tree_once_within_the_cache(tmp_path):
     trees = negatives()
-    for cache_tokens in (1, 100, 10_000):
+    for cache_tokens in (1, 100, 150, 200, 10_000):
         batches = sampling_batches(trees, range(len(trees)), 2, 12, cache_tokens)
         assert sorted(sum(batches, [])) == list(range(len(trees)))
         for batch in batches:
@@ -259,7 +259,7 @@ def test_anchors_that_are_gone_or_damaged_are_named_and_never_made_by_a_later_po
     file = tmp_path / "anchors-0.jsonl"
     lines = file.read_text().splitlines(True)
     file.write_text("".join(lines[:-1]))
-    with pytest.raises(ValueError, match=r"anchors-0.jsonl has anchors for 9 trees, not for the 10 "):
+    with pytest.raises(ValueError, match=r"anchors-0.jsonl has anchors for 9 trees, not for the 10"):
         make(tmp_path, model, trees, step=3)
     file.write_text("".join([*lines[:2], '{"tree": 1}\n', *lines[3:]]))
     with pytest.raises(ValueError, match=r"anchors-0.jsonl:3: not anchors: "):
