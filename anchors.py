@@ -12,6 +12,9 @@ sampled, never as text that would be tokenized anew; a training step runs no ref
 Anchors of the policy of the very same step (--refresh_anchors 1) hold nothing: over y ~ π the mean
 of grad log π(y) is 0, so that all they add is noise. They must come from another policy.
 
+New anchors have a price of their own: π_r- did not say them, so log π/π_r- is large and positive
+on them once the policy has moved, which makes the loss small without any step.
+
 An anchor that reached --anchor_tokens before EOS stays as it is, without EOS, as a cut response
 does: running out of room is not the end of an answer.
 """
