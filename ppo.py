@@ -269,7 +269,7 @@ def parse_args(argv=None):
     flag("--cliprange_value", type=float, default=0.2, help="of the value, nats")
     flag("--vf_coef", type=float, default=0.1, help="weight of the value loss")
     flag = parser.add_argument_group("optimization").add_argument
-    flag("--learning_rate", type=float, default=3e-6, help="peak; then a cosine to 0")
+    flag("--learning_rate", type=float, default=1e-5, help="peak; then a cosine to 0")
     flag("--batch_size", type=int, default=64, help="prompts per step over all ranks")
     flag("--num_generations", type=int, default=1, help="responses sampled to each prompt")
     flag("--num_ppo_epochs", type=int, default=4, help="passes over a batch")

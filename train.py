@@ -69,13 +69,13 @@ def optimizer_step(optimizer, parameters: list[Tensor], extras: Tensor, max_grad
     """Sum gradients and extras over ranks, clip, step; returns (extras, gradient norm).
 
     extras   [loss, …]; where, what the error names
-    raises   FloatingPointError, before anything is updated, for a loss or gradient not finite
+    raises   FloatingPointError, before the update, for a loss or gradient that is not finite
     """
     extras = all_reduce_sum_(parameters, extras).tolist()
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if not math.isfinite(extras[0]) or not math.isfinite(grad_norm):
-        raise FloatingPointError(f"{where}: loss {extras[0]}, gradient norm {grad_norm}; nothing "
-                                 "was updated or saved")
+        raise FloatingPointError(f"{where}: loss {extras[0]}, gradient norm {grad_norm}; this "
+                                 "update was not made, and nothing was saved")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return extras, grad_norm

@@ -170,7 +170,7 @@ def test_a_non_finite_loss_stops_before_anything_is_updated(tmp_path, tiny_model
     run = subprocess.run(command(tiny_model, pairs_file, tmp_path / "run", "--method",
                                  "pointwise_mse", "--log_z", "1e30"), cwd=ROOT, env=QUIET,
                          capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "nothing was updated or saved" in run.stderr
+    assert run.returncode == 1 and "this update was not made, and nothing was" in run.stderr
     assert not checkpoints(str(tmp_path / "run")) and not (tmp_path / "run/final").exists()
 
 
