@@ -241,7 +241,8 @@ def train(args, models, reward_model: Llama, asked: list, batches: list[list[int
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
-# On the embedded world, as train.py's: a small model takes large steps.
+# On the embedded world, as train.py's: a small model takes large steps. Too large: at 3e-3, with 4
+# minibatches, the KL reached 47 nats and the true reward -5.3 while the learned one rose to 1.6.
 WORLD_FLAGS = {"learning_rate": 1e-3, "warmup_steps": 5, "batch_size": 19, "num_generations": 4,
                "num_ppo_epochs": 2, "max_new_tokens": 48, "max_steps": 100}
 INHERITED = ("beta", "dataset", "held_out", "max_prompt_length")
