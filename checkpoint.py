@@ -122,8 +122,8 @@ def claim_file(out: str, flags: dict, batch_size: int, total: int, overwrite: bo
             done -= done % batch_size if done < total else 0
             file.truncate(ends[done])
         return done
+    open(out, "wb").close()               # first: a kill in between must not leave old rows
     write_text(flags_file, json.dumps(flags, indent=2) + "\n")
-    open(out, "wb").close()
     return 0
 
 
@@ -151,6 +151,15 @@ def starts_from(adapter: str) -> str | None:
     """The SFT adapter that the run which wrote the folder `adapter` started from, if it did."""
     file = os.path.join(os.path.dirname(os.path.abspath(adapter)), "args.json")
     return read_json(file).get("sft_adapter") if os.path.isfile(file) else None
+
+
+def check_order(adapters: list[str]) -> None:
+    """Raise ValueError if one was trained on top of an adapter that does not stand before it."""
+    for before, adapter in zip([None, *adapters], adapters):
+        first = starts_from(adapter)
+        if first and os.path.abspath(first) != os.path.abspath(before or ""):
+            raise ValueError(f"{adapter} was trained on top of {first}; pass --adapter {first} "
+                             f"{adapter}")
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

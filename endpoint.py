@@ -42,15 +42,15 @@ def post(url: str, key: str, body: dict, timeout: float):
 
 
 def seconds_to_wait(retry_after: str | None, attempt: int) -> float:
-    """What Retry-After says (seconds, or a date); without it 1, 2, 4 … 60 s for attempt 0, 1, 2 …
+    """What Retry-After says (seconds, or a date), at most 600 s; without it 1, 2, 4 … 60 s for attempt 0, 1, 2 …
 
     Those are cut by a random part of up to half: what failed together shall not return together.
     """
-    if retry_after and retry_after.strip().isdigit():
-        return float(retry_after)
+    if retry_after and retry_after.strip().isdecimal():
+        return min(600.0, float(retry_after))
     try:
         date = email.utils.parsedate_to_datetime(retry_after or "")
-        return max(0.0, (date - datetime.now(UTC)).total_seconds())
+        return min(600.0, max(0.0, (date - datetime.now(UTC)).total_seconds()))
     except (ValueError, TypeError):
         return min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
 
@@ -81,7 +81,8 @@ def complete(url: str, key: str, model: str, text: str, timeout: float, tries: i
             reply = completion_text(raw) if status == 200 else None
             if reply is not None:
                 return reply
-            failure = f"HTTP {status}: {raw[:300].decode('utf-8', 'replace')}"
+            text = raw.decode("utf-8", "replace")
+            failure = f"HTTP {status}: {(text.replace(key, '***') if key else text)[:300]}"
             will_help = status in (200, 408, 429) or status >= 500
             retry_after = headers["Retry-After"]
         except (OSError, http.client.HTTPException) as error:

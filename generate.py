@@ -4,7 +4,7 @@
     python generate.py --model DIR --prompt "How do I fix a lamp?"       one answer
     python generate.py --model DIR --dataset FILE --out answers.jsonl    one answer per record
 
---reference turns the adapter off. A killed --dataset run, given again, ends in the same file.
+--reference turns the last adapter off. A killed --dataset run, given again, ends in the same file.
 
 Distinct prompts go through the model once, as one packed stream without padding; then all rows
 decode together, one token each, and a row that ends leaves the batch. What a row says depends on
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import claim_file, sha256
+from checkpoint import check_order, claim_file, sha256
 from data import ROLES, Tokenizer, encode_dialogue, read_dataset, run_cli
-from lora import load_adapter, lora_disabled
+from lora import load_adapter, lora_disabled, start_from_adapter
 from model import Llama, attention, attention_segments, linear, load_llama
 from trees import truncate
 
@@ -339,7 +339,8 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--model", required=True, help="Hugging Face Llama folder with tokenizer.model")
-    flag("--adapter", help="PEFT adapter folder, such as RUN/final of train.py")
+    flag("--adapter", nargs="+", help="PEFT adapter folder, such as RUN/final of train.py; after "
+                                      "train.py --sft_adapter A: A RUN/final")
     flag("--reference", action="store_true", help="turn the adapter off")
     flag("--bf16", action="store_true", help="load weights in bf16 (default: float32)")
     flag("--prompt", help="answer this once and leave")
@@ -370,7 +371,10 @@ def main(argv=None) -> None:
     tokenizer, sampling = Tokenizer(args.model), (args.max_new_tokens, args.temperature, args.top_p)
     model = load_llama(args.model, torch.bfloat16 if args.bf16 else torch.float32, device)
     if args.adapter:
-        load_adapter(model, args.adapter)
+        check_order(args.adapter)
+        for before in args.adapter[:-1]:
+            start_from_adapter(model, before)
+        load_adapter(model, args.adapter[-1])
     if tokenizer.vocab_size < model.config.vocab_size:
         raise ValueError(f"{args.model}: the tokenizer has {tokenizer.vocab_size} pieces, the "
                          f"model {model.config.vocab_size}: some ids would have no text")

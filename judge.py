@@ -295,6 +295,9 @@ def report(runs: dict[str, tuple], margin: float = 0.0) -> dict:
             gaps = rows[:, 1] - rows[:, 2]
             if not (gaps.min() < 0 < gaps.max()):
                 print("  the same side is never the shorter: length-controlled is an extrapolation")
+    if len({tuple(row) for row in table.values()}) > 1:
+        raise ValueError("the runs were judged by different judges: "
+                         + "; ".join(f"{name}: {', '.join(row)}" for name, row in table.items()))
     for criterion in next(iter(table.values())) if len(table) > 1 else ():
         number, t = len(table), t_quantile(len(table) - 1)
         print(f"{criterion} over {number} runs [95 % interval over training seeds: mean ± "
@@ -396,6 +399,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{len(args.questions)} files of --questions but {len(args.answers)} "
                              "of --answers; give one of each per run")
         runs = {}
+        if len(set(args.answers)) < len(args.answers):
+            raise ValueError("--answers names a file twice; give every run's once")
         for questions_file, answers_file in zip(args.questions, args.answers):
             questions = read_questions(questions_file)
             runs[answers_file] = questions, read_answers(answers_file, questions)

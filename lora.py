@@ -10,7 +10,6 @@ Several models can stand on one set of frozen weights, each with an adapter of i
 
     value = add_lora(share_base(model))
 """
-import copy
 import json
 import math
 import os
@@ -148,13 +147,19 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
 
 
 def share_base(model: nn.Module) -> nn.Module:
-    """Another Llama whose weights are those of `model`, frozen and not copied, without adapters."""
+    """Another Llama whose weights are those of `model`, frozen and not copied, without its adapter.
+
+    An SFT adapter that belongs to the base (see AdaptedLinear) belongs to the other's base too.
+    """
     with torch.device("meta"):
         twin = type(model)(model.config)
     base = model.state_dict()                      # an adapted layer keeps its weight's name
     twin.load_state_dict({name: base[name] for name in twin.state_dict()}, assign=True)
     if model.config.tie_word_embeddings:
         twin.lm_head.weight = twin.model.embed_tokens.weight
+    for name, layer in updated_layers(model).items():
+        if layer.updates:
+            twin.set_submodule(name, AdaptedLinear(twin.get_submodule(name).weight, layer.updates))
     return twin.requires_grad_(False)
 
 
@@ -275,12 +280,3 @@ def start_from_adapter(model: nn.Module, path: str, merge: bool = False) -> nn.M
     """
     load_adapter(model, path)
     return merge_lora(model).requires_grad_(True) if merge else freeze_lora(model)
-
-
-def with_adapter(base: nn.Module, path: str) -> nn.Module:
-    """A second model: the weights of `base`, shared, under the adapter of a PEFT folder; frozen.
-
-    base   a Llama without adapters, whose weights are never trained
-    """
-    shared = {id(p): p for p in base.parameters()}
-    return load_adapter(copy.deepcopy(base, shared), path).requires_grad_(False).eval()

@@ -121,11 +121,11 @@ def add_advantages(rollouts: list[Rollout], beta: float, gamma: float, lam: floa
     lengths = torch.tensor([len(ids) for rollout in rollouts for ids in rollout.response_ids])
     response_ids = torch.arange(len(lengths)).repeat_interleave(lengths)         # [N]
     logps, reference_logps, values = (joined(rollouts, name) for name in (       # [N] each
-        "logps", "reference_logps", "values"))
+        "per_token_logps", "reference_per_token_logps", "values"))
     scores = logps.new_tensor([score for rollout in rollouts for score in rollout.scores])     # [R]
     rewards = kl_penalised_rewards(logps, reference_logps, response_ids, scores, beta)
     advantages = gae(rewards, values, response_ids, gamma, lam)                  # [N]
-    sizes = [len(rollout.logps) for rollout in rollouts]
+    sizes = [len(rollout.per_token_logps) for rollout in rollouts]
     columns = zip(whiten(advantages).split(sizes), (advantages + values).split(sizes))
     return [replace(rollout, advantages=a, returns=r) for rollout, (a, r) in zip(rollouts, columns)]
 
@@ -145,7 +145,8 @@ def backward_minibatch(policy: Llama, value: Llama, rollouts: list[Rollout], num
     for group in pack(rollouts, micro_tokens):
         stream = build_stream(group, device)
         old_logps, advantages, old_values, returns = (
-            joined(group, name, device) for name in ("logps", "advantages", "values", "returns"))
+            joined(group, name, device)
+            for name in ("per_token_logps", "advantages", "values", "returns"))
         logps, _ = token_logps(policy, None, stream, None)                       # [N]
         values = token_values(value, stream)                                     # [N]
         policy_losses = clipped_policy_loss(logps, old_logps, advantages, cliprange)
@@ -172,7 +173,7 @@ def update(args, models, optimizer, rollouts: list[Rollout], step: int, rank: in
             minibatch = [rollouts[number] for number in numbers]
             totals = backward_minibatch(
                 models["policy"], models["value"], shard(minibatch, world_size)[rank],
-                sum(len(rollout.logps) for rollout in minibatch), cliprange=args.cliprange,
+                sum(len(rollout.per_token_logps) for rollout in minibatch), cliprange=args.cliprange,
                 cliprange_value=args.cliprange_value, vf_coef=args.vf_coef,
                 micro_tokens=args.micro_tokens, device=device)
             extras = torch.cat([totals, totals.new_tensor([stop.signal])])

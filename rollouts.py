@@ -19,11 +19,11 @@ from trees import Stream, Tree, build_stream, pack
 from world import answers, prompts, question
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rollout(Tree):
     """A tree of sampled responses, n tokens in all; `scores` holds r_φ(x, y). On the CPU."""
-    logps: Tensor                        # [n] of its tokens, under the policy that sampled them
-    reference_logps: Tensor              # [n]
+    per_token_logps: Tensor              # [n] of its tokens, under the policy that sampled them
+    reference_per_token_logps: Tensor    # [n]
     entropy: Tensor                      # [n] of the policy's next token
     kl: Tensor                           # [n] exact KL(policy || reference) of the next token
     values: Tensor                       # [n]
@@ -67,16 +67,17 @@ def observe(policy: Llama, value: Llama, reward_model: Llama, trees: list[Tree],
     rollouts, with_extras = [], partial(linear_logps, entropy=True, kl=True)
     for group in pack(trees, micro_tokens):
         stream = build_stream(group, device)
-        logps, reference_logps, entropy, kl = token_logps(                       # [N] each
-            policy, partial(adapters_off, policy), stream, stream, with_extras)
-        columns = (logps, reference_logps, entropy, kl, token_values(value, stream))
+        names = ("per_token_logps", "reference_per_token_logps", "entropy", "kl", "values")
+        columns = (*token_logps(policy, partial(adapters_off, policy), stream, stream,
+                                with_extras), token_values(value, stream))       # [N] each
         lengths = [sum(map(len, tree.response_ids)) for tree in group]
         rewards = stream_rewards(reward_model, build_stream(feed_last_tokens(group), device))  # [R]
         rewards = iter(rewards.tolist())
         for tree, *tokens in zip(group, *(column.cpu().split(lengths) for column in columns)):
             scores = [next(rewards) - missing_eos_penalty * (ids[-1] != eos_id)
                       for ids in tree.response_ids]
-            rollouts.append(Rollout(tree.prompt_ids, tree.response_ids, scores, [], *tokens))
+            rollouts.append(Rollout(tree.prompt_ids, tree.response_ids, scores, [],
+                                    **dict(zip(names, tokens))))
     return rollouts
 
 

@@ -34,7 +34,7 @@ from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_m
                         save_checkpoint, save_final, sha256, starts_from, trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
-from lora import add_lora, start_from_adapter, with_adapter
+from lora import add_lora, load_adapter, share_base, start_from_adapter
 from model import Llama, load_llama
 from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
@@ -281,7 +281,7 @@ def parse_args(argv=None):
     flag("--dataset", help="HH, Golden HH, QA-feedback, red-team or JSONL file, .gz or not "
                            "(default: the embedded world's)")
     flag("--held_out", type=float, default=0.0,
-         help="fraction of prompts never trained on (eval.py takes the same flag)")
+         help="fraction of prompts never trained on (eval.py reads it from the run)")
     flag("--output_dir", default="runs/METHOD", help="METHOD stands for --method")
     flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
     flag = parser.add_argument_group("objective").add_argument
@@ -369,7 +369,7 @@ def prepare(args, rank: int, device):
     base, reference = model, None
     if not args.lora_r and method.reference != "none":
         base = copy.deepcopy(model).requires_grad_(False)
-    adapted = [path and with_adapter(base, path)
+    adapted = [path and load_adapter(share_base(base), path).requires_grad_(False)
                for path in (args.reference_plus, args.reference_minus)]
     torch.manual_seed(args.seed)
     if args.lora_r:

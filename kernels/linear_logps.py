@@ -80,6 +80,7 @@ if triton is not None:
         z_label = tl.load(z + label, mask=(label >= 0) & (label < V), other=float("nan")).to(real)
         m, s = z_label, z_label * 0            # online: m = running max, s = Σ exp(x - m)
         if WANT_KL:                            # q: the same position under the reference
+            # (a reference row looks at itself: there is nothing below it to compare with)
             q = logits + tl.where(r < num_policy, r + num_policy, r) * row_stride
             m_q = tl.load(q).to(real)
             s_q = m_q * 0
@@ -128,10 +129,11 @@ def logp_rows_triton_(logits: Tensor, labels: Tensor, num_policy: int, logps: Te
 
     logits may be a [n, V] view of a wider buffer; the columns up to its row stride belong to it.
     """
-    _logp_rows[(len(logits),)](
-        logits, labels, logps, entropy, kl, num_policy, logits.stride(0),
-        V=logits.shape[1], PADDED_V=logits.stride(0), BLOCK_V=BLOCK_V, WANT_ERROR=want_error,
-        WANT_ENTROPY=entropy is not None, WANT_KL=kl is not None, num_warps=8)
+    with torch.cuda.device_of(logits):          # Triton launches on the current device
+        _logp_rows[(len(logits),)](
+            logits, labels, logps, entropy, kl, num_policy, logits.stride(0),
+            V=logits.shape[1], PADDED_V=logits.stride(0), BLOCK_V=BLOCK_V, WANT_ERROR=want_error,
+            WANT_ENTROPY=entropy is not None, WANT_KL=kl is not None, num_warps=8)
 
 
 # ---- all rows -----------------------------------------------------------------------------------
@@ -276,8 +278,11 @@ def _linear_logps(logp_rows_, policy_hidden, reference_hidden, weight, policy_la
         if entropy or kl:
             raise ValueError("entropy and kl need a frozen weight, or torch.no_grad()")
         return _trained_head(*tensors, chunk_rows)
-    policy_logps, reference_logps, *extras = _LinearLogps.apply(*tensors, chunk_rows, entropy, kl,
-                                                                logp_rows_)
+    if not torch.is_grad_enabled():
+        policy_hidden = policy_hidden.detach()                    # no gradient is asked for: no u
+    policy_logps, reference_logps, *extras = _LinearLogps.apply(
+        policy_hidden, reference_hidden.detach(), weight, policy_labels, reference_labels,
+        chunk_rows, entropy, kl, logp_rows_)
     return policy_logps, reference_logps, *extras[:entropy], *extras[1:1 + kl]
 
 
@@ -299,7 +304,8 @@ def linear_logps_torch(policy_hidden: Tensor, reference_hidden: Tensor, weight: 
     returns           [N], [M], and [N] for every extra asked for, entropy first; nats, float32
                       (float64 from float64 input)
     raises            ValueError    on shapes, dtypes, devices or layout that do not fit, and on
-                                    labels outside [0, V); on a GPU those give NaN instead
+                                    labels outside [0, V), which on a GPU nobody looks at: the
+                                    kernel answers NaN, plain torch ends in a device assertion
     """
     return _linear_logps(logp_rows_torch_, policy_hidden, reference_hidden, weight, policy_labels,
                          reference_labels, chunk_rows, entropy, kl)
@@ -332,7 +338,7 @@ def triton_problem(device_type: str) -> str:
         if abs(float(logps) + 2.772588722) > 1e-5:               # log 16
             return f"a trial of 16 equal logits gave {float(logps)}, not -log 16"
     except Exception as error:
-        return f"a trial launch failed ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"a trial launch failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     return ""
 
 

@@ -20,7 +20,7 @@ from anchors import anchor_seeds, anchored_trees, one_negative_per_tree, samplin
 from data import Tokenizer
 from generate import generate
 from kernels import linear_logps
-from lora import load_adapter, save_adapter, with_adapter
+from lora import load_adapter, save_adapter, share_base
 from model import load_llama
 from step import (METHODS, adapters_off, backward_batch, batch_counts, frozen_copy,
                   reference_logps, sequence_logps)
@@ -179,9 +179,11 @@ def test_each_reference_is_its_own_adapter_in_its_own_place(tmp_path, tiny_model
         save_adapter(model, folders[-1], tiny_model)
         alone.append(load_adapter(load_llama(tiny_model), folders[-1]))
     policy = load_llama(tiny_model)
-    references = [with_adapter(policy, folder) for folder in folders]
+    references = [load_adapter(share_base(policy), folder).requires_grad_(False)
+                  for folder in folders]
     add_lora(policy, r=4, alpha=8, dropout=0.0)
-    assert all(r.model.embed_tokens.weight is policy.model.embed_tokens.weight for r in references)
+    assert all(r.model.embed_tokens.weight.data_ptr() == policy.model.embed_tokens.weight.data_ptr()
+               for r in references)                          # one copy of the weights for all
     trees = [Tree([1, 300, 301 + n], [[400, 17 + n, EOS]], [0.0], []) for n in range(6)]
     made = make(tmp_path, policy, trees, micro_tokens=500,
                 references=[partial(frozen_copy, r) for r in references])

@@ -16,7 +16,14 @@ import data
 import generate as generate_file
 from generate import generate, nucleus, row_seeds, sample, stream
 from kernels import linear_logps
-from lora import add_lora, load_adapter, lora_disabled, lora_layers, save_adapter
+from lora import (
+    add_lora,
+    load_adapter,
+    lora_disabled,
+    lora_layers,
+    save_adapter,
+    start_from_adapter,
+)
 from model import Llama, LlamaConfig, load_llama, save_llama
 
 SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
@@ -480,3 +487,27 @@ def test_a_model_with_more_ids_than_the_tokenizer_is_refused(command, tmp_path, 
     folder = save_tiny_model(tmp_path / "wide", tiny_tokenizer, vocab_size=TINY_VOCAB + 64)
     code, _, error = command("--prompt", "a", model=folder)
     assert code == 2 and str(TINY_VOCAB) in error and str(TINY_VOCAB + 64) in error
+
+
+def test_an_adapter_on_top_of_another_is_generated_with_both(command, tiny_model, tmp_path):
+    # The second adapter alone would speak for a model nobody trained; the reference has the first.
+    folders = []
+    for seed in (1, 2):
+        model = add_lora(load_llama(tiny_model), r=4, alpha=8, dropout=0.0)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in lora_layers(model).values():
+            layer.lora_B.data = 0.3 * torch.randn(layer.lora_B.shape, generator=generator)
+        folders.append(str(tmp_path / f"run{seed}/final"))
+        save_adapter(model, folders[-1], tiny_model)
+    (tmp_path / "run2/args.json").write_text(json.dumps({"sft_adapter": folders[0]}))
+    flags = ("--prompt", "How?", "--temperature", "0", "--max_new_tokens", "20")
+    code, _, error = command(*flags, "--adapter", folders[1])
+    assert code == 2 and f"{folders[1]} was trained on top of {folders[0]}" in error
+    _, both, _ = command(*flags, "--adapter", *folders)
+    _, reference, _ = command(*flags, "--adapter", *folders, "--reference")
+    model = start_from_adapter(load_llama(tiny_model), folders[0])
+    tokenizer = data.Tokenizer(tiny_model)
+    ids, _ = data.encode_dialogue(tokenizer, [("Human", "How?")])
+    assert reference == tokenizer.decode(generate(model, [ids], 20, temperature=0)[0]) + "\n"
+    second = load_adapter(model, folders[1])
+    assert both == tokenizer.decode(generate(second, [ids], 20, temperature=0)[0]) + "\n" != reference

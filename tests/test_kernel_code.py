@@ -101,7 +101,8 @@ def test_compiled_kernel_has_no_spills_and_wide_accesses(name, arch, tmp_path, m
         print(f"\n{arch:6} {name:22}", ", ".join(f"{key} {value}" for key, value in found.items()),
               end="")
     assert found["spilled"] == found["spill code"] == 0
-    assert found["registers"] <= registers
+    # (an AMD program's waves are limited by 512 registers a lane: eight fit up to 64 of them)
+    assert found["registers"] <= (64 if on_amd else registers)
     assert found["shared"] <= 2048
     # one row read for the log-sum-exp, one for the rest (two for KL's second model)
     assert found["wide loads"] >= (1 + (error or extras)) * (2 if extras else 1)

@@ -151,10 +151,10 @@ def test_observed_tokens_are_those_of_each_response_alone():
                 score = float(reward_model(row)[-1] @ reward_model.score.weight[0])
             columns[3].append(score - 0.5 * (ids[-1] != 2))
             cut += ids[-1] != 2
-        for name, column in zip(("logps", "entropy", "values"), columns):
+        for name, column in zip(("per_token_logps", "entropy", "values"), columns):
             assert_close(getattr(rollout, name), torch.cat(column), rtol=1e-9, atol=1e-9)
         assert rollout.scores == pytest.approx(columns[3], rel=1e-9)
-        assert (rollout.kl >= 0).all() and (rollout.reference_logps != rollout.logps).all()
+        assert (rollout.kl >= 0).all() and (rollout.reference_per_token_logps != rollout.per_token_logps).all()
     assert cut == 1
 
 
@@ -178,14 +178,15 @@ def test_advantages_are_whitened_over_the_batch_and_returns_are_not():
     for rollout in done:
         # with lam = 1 a return is what is still to come, and at the first token all of it
         firsts = torch.tensor([0] + [len(ids) for ids in rollout.response_ids][:-1]).cumsum(0)
-        kls = (rollout.logps - rollout.reference_logps).split(
+        kls = (rollout.per_token_logps - rollout.reference_per_token_logps).split(
             [len(ids) for ids in rollout.response_ids])
         assert_close(rollout.returns[firsts].tolist(), [
             score - 0.3 * float(kl.sum()) for score, kl in zip(rollout.scores, kls)])
 
 
 def test_batch_metrics_by_hand():
-    rows = {name: tensor(0, 0, 0) for name in ("logps", "reference_logps", "values")}
+    rows = {name: tensor(0, 0, 0) for name in ("per_token_logps", "reference_per_token_logps",
+                                               "values")}
     rollout = Rollout([1], [[5, 2], [7]], [1.0, 4.0], [], entropy=tensor(1, 2, 6),
                       kl=tensor(0.5, 0.25, 0.25), **rows)
     other = replace(rollout, response_ids=[[3, 3, 2]], scores=[4.0])
@@ -200,7 +201,8 @@ def test_only_a_finished_valid_answer_has_its_true_reward(tiny_tokenizer):
     (text, reward), worst = max(listed.items(), key=lambda item: item[1]), min(listed.values())
     assert len(listed) == 288 and reward > 3 and worst < -4
     _, ids = encode_dialogue(tokenizer, [("Assistant", text)])
-    rollout = Rollout([1], [ids, ids[:-1], ids[3:], [2]], [0.0] * 4, [], *[None] * 5)
+    rollout = Rollout([1], [ids, ids[:-1], ids[3:], [2]], [0.0] * 4, [], **dict.fromkeys(
+        ("per_token_logps", "reference_per_token_logps", "entropy", "kl", "values")))
     assert true_rewards(rollout, listed, tokenizer) == [reward, worst, worst, worst]
 
 
@@ -215,7 +217,7 @@ def gradient(shares, micro_tokens=8192):
         for model in (policy, value):
             for p in trainable(model).values():
                 p *= 1.5
-    count = sum(len(rollout.logps) for rollout in rollouts)
+    count = sum(len(rollout.per_token_logps) for rollout in rollouts)
     totals = sum(backward_minibatch(policy, value, share, count, cliprange=0.01,
                                     cliprange_value=0.01, vf_coef=0.1, micro_tokens=micro_tokens)
                  for share in shard(rollouts, shares))
@@ -240,7 +242,7 @@ def test_an_update_is_the_mean_loss_over_tokens_of_plain_forwards():
         hidden = policy(stream.input_ids, stream.position_ids, stream.segments)
         logits = hidden[stream.predict_from] @ policy.lm_head.weight.T
         logps = logits.log_softmax(-1).gather(1, stream.labels[:, None])[:, 0]
-        losses.append(clipped_policy_loss(logps, rollout.logps, rollout.advantages, 0.01)
+        losses.append(clipped_policy_loss(logps, rollout.per_token_logps, rollout.advantages, 0.01)
                       + 0.1 * clipped_value_loss(token_values(value, stream), rollout.values,
                                                  rollout.returns, 0.01))
     loss = torch.cat(losses).mean()
