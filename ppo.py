@@ -35,6 +35,8 @@ from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, load_run
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from eval import on_world
 from generate import row_seeds
+from loop import (Help, Stop, check_ranges, learning_rate, optimizer_step, plan_batches,
+                  set_up_processes, write_line)
 from lora import add_lora, load_adapter, share_base
 from model import Llama
 from reward import add_score_head
@@ -42,8 +44,7 @@ from rollouts import (Rollout, batch_metrics, exchange, joined, observe, sample,
                       true_rewards, world_rewards)
 from step import token_logps
 from tokenizer import Tokenizer, encode_dialogue
-from train import (Help, Stop, check_ranges, learning_rate, optimizer_step, plan_batches,
-                   set_up_processes, write_line)
+from train import base_name
 from trees import Tree, build_stream, epoch_batches, pack, shard, truncate
 
 
@@ -247,7 +248,8 @@ def train(args, models, reward_model: Llama, asked: list, batches: list[list[int
 WORLD_FLAGS = {"learning_rate": 1e-3, "warmup_steps": 5, "batch_size": 19, "num_generations": 4,
                "num_ppo_epochs": 2, "max_new_tokens": 48, "max_steps": 100}
 INHERITED = ("beta", "dataset", "held_out", "max_prompt_length")
-FIXED = ("model_name_or_path", "bf16", "lora_r", "lora_alpha", "lora_target_modules")
+FIXED = ("model_name_or_path", "sft_adapter", "bf16", "lora_r", "lora_alpha",
+         "lora_target_modules")
 
 
 def parse_args(argv=None):
@@ -297,7 +299,7 @@ def parse_args(argv=None):
         defaults |= WORLD_FLAGS
     parser.set_defaults(**defaults)                      # the flags that were given still win
     args = parser.parse_args(argv)
-    vars(args).update({name: run[name] for name in FIXED},
+    vars(args).update({name: run.get(name) for name in FIXED},
                       method=run["method"].replace("reward_model", "rlhf"))
     args.max_length = args.max_prompt_length + args.max_new_tokens
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
@@ -372,8 +374,9 @@ def main(argv=None) -> None:
         dist.barrier()
     train(args, models, reward_model, asked, batches, tokenizer, rank, world_size, device, Stop())
     if rank == 0:
-        save_final(args.output_dir, models["policy"], args.model_name_or_path, tokenizer)
+        save_final(args.output_dir, models["policy"], base_name(args), tokenizer)
     if world_size > 1:
+        dist.barrier()                                   # see train.py
         dist.destroy_process_group()
 
 

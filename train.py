@@ -15,7 +15,6 @@ The same command continues a run that was killed, to the same bits (same number 
 """
 import argparse
 import copy
-import json
 import math
 import os
 import signal
@@ -27,94 +26,25 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import anchors
 from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
                         save_checkpoint, save_final, sha256, starts_from, trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
+from loop import (Help, Stop, check_ranges, learning_rate, optimizer_step, plan_batches,
+                  set_up_processes, write_line)
 from lora import add_lora, load_adapter, share_base, start_from_adapter
 from model import Llama, load_llama
 from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
                   frozen_copy)
 from tokenizer import Tokenizer
-from trees import Tree, epoch_batches, make_trees, shard
+from trees import Tree, make_trees, shard
 from world import WORLD_FLAGS, base_model, data_file, ensure_world
 
 
-# ---- several processes --------------------------------------------------------------------------
-
-def all_reduce_sum_(parameters: list[Tensor], extras: Tensor) -> Tensor:
-    """Sum gradients over ranks, in place, and return the summed extras: one all-reduce.
-
-    A rank that had no tree in this batch takes part with zeros.
-    """
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if not dist.is_initialized():
-        return extras
-    flat = torch.cat([p.grad.flatten() for p in parameters] + [extras.to(parameters[0].dtype)])
-    dist.all_reduce(flat)
-    *grads, extras = flat.split([p.numel() for p in parameters] + [len(extras)])
-    for p, grad in zip(parameters, grads):
-        p.grad.copy_(grad.view_as(p))
-    return extras.double()
-
-
-def optimizer_step(optimizer, parameters: list[Tensor], extras: Tensor, max_grad_norm: float,
-                   where: str) -> tuple[list[float], float]:
-    """Sum gradients and extras over ranks, clip, step; returns (extras, gradient norm).
-
-    extras   [loss, …]; where, what the error names
-    raises   FloatingPointError, before the update, for a loss or gradient that is not finite
-    """
-    extras = all_reduce_sum_(parameters, extras).tolist()
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    if not math.isfinite(extras[0]) or not math.isfinite(grad_norm):
-        raise FloatingPointError(f"{where}: loss {extras[0]}, gradient norm {grad_norm}; this "
-                                 "update was not made, and nothing was saved")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return extras, grad_norm
-
-
-def set_up_processes() -> tuple[int, int, torch.device]:
-    """(rank, world_size, device) from torchrun's environment; (0, 1, …) without it."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size, device
-
-
 # ---- the run ------------------------------------------------------------------------------------
-
-def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear from 0 to `peak` over warmup_steps, then a cosine to 0 at total_steps."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps)
-                                      / max(1, total_steps - warmup_steps)))
-
-
-def plan_batches(trees: list[Tree], uses: str, batch_size: int, epochs: float, max_steps: int,
-                 seed: int) -> list[list[int]]:
-    """Tree indices of every step of the run."""
-    sizes = [len(tree.pairs) if uses == "pairs" else len(tree.scores) for tree in trees]
-    batches, epoch = [], 0
-    while epoch < math.ceil(epochs) or len(batches) < max_steps:
-        batches += epoch_batches(sizes, batch_size, seed, epoch)
-        epoch += 1
-    if max_steps > 0:
-        return batches[:max_steps]
-    return batches[:round(len(batches) * epochs / max(1, math.ceil(epochs)))]
-
 
 def base_name(args) -> str:
     """What training starts from. Not a path if it is two: no tool may take the one for both."""
@@ -130,20 +60,6 @@ def reference_name(args) -> str:
         return (f"{args.reference_plus or base} under negatives, {args.reference_minus or base} "
                 "under anchors")
     return base
-
-
-class Stop:
-    """Set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
 
 
 def train(args, method, model: Llama, reference, trees: list[Tree], batches: list[list[int]],
@@ -192,15 +108,6 @@ def train(args, method, model: Llama, reference, trees: list[Tree], batches: lis
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
-def write_line(output_dir: str, line: dict, shown, total: int, left: float) -> None:
-    """Append a line to metrics.jsonl, and print what is `shown` of it and the seconds left."""
-    text = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
-    print(f"step {line['step']}/{total}  {text}  {line['tokens_per_s']:.0f} tok/s  "
-          f"{int(left) // 60}:{int(left) % 60:02} left", flush=True)
-    with open(os.path.join(output_dir, "metrics.jsonl"), "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
 class Log:
     """One line per logged step on the screen and in metrics.jsonl: means since the last line."""
 
@@ -225,21 +132,6 @@ class Log:
                    (now - self.start) / (step - self.first) * (self.total - step))
         self.since, self.steps = now, 0
         self.sums.zero_()
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag, and the file's header as it is written."""
-
-
-def check_ranges(args, counts, ranges: dict) -> None:
-    """Raise ValueError, naming the flag, for a count below 1 or a value outside its range."""
-    for name in counts:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"--{name} {value} must be a number in [{low}, {high}]")
 
 
 def check_flags(args) -> None:

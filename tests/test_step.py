@@ -211,7 +211,7 @@ import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from functools import partial
 from test_step import *
-from train import all_reduce_sum_, set_up_processes
+from loop import all_reduce_sum_, set_up_processes
 import torch.distributed as dist
 rank, world_size, _ = set_up_processes()
 method = METHODS[{name!r}]
