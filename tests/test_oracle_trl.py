@@ -43,7 +43,7 @@ def ours(folder, tiny_tokenizer, *flags):
             "--output_dir", str(folder / "run"), "--learning_rate", str(RATE), "--logging_steps",
             "1", "--lora_r", "4", "--lora_alpha", "16", "--lora_dropout", "0",
             "--lora_target_modules", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", *flags]
-    start, _, trees, batches, _ = train.prepare(train.parse_args(argv), 0, "cpu")
+    start, _, _, trees, batches, _ = train.prepare(train.parse_args(argv), 0, "cpu")
     assert [len(batch) for batch in batches] == [PAIRS] * STEPS
     save_adapter(start, str(folder / "adapter"))
     train.main(argv)
