@@ -28,12 +28,12 @@ from kernels import linear_logps
 from model import Llama
 from reward import tree_rewards
 from step import sequence_logps
-from trees import Tree, build_stream, make_trees, pack
-from ulma import response_logps
+from trees import Tree, build_stream, make_trees, pack, prefix_stream
 from weights import read_json
-from world import answers, base_model, held_out_prompts, question
+from world import BODIES, CLOSINGS, answers, base_model, held_out_prompts, question
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
+ANSWERS_PER_OPENING = len(BODIES) * len(CLOSINGS)
 
 WORLD_METRICS = {
     "E[r]": "expected true reward, nats; off-world mass counts as the prompt's worst reward",
@@ -62,19 +62,30 @@ def world_trees(tokenizer: Tokenizer, asked) -> list[Tree]:
 
 @torch.no_grad()
 def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tensor]:
-    """log π(y | x) of every valid answer to every prompt, float64 nats; and lengths: [X, Y] each."""
+    """log π(y | x) of every valid answer to every prompt, float64 nats; and lengths: [X, Y] each.
+
+    Answers with the same opening share one stream, their common beginnings computed once: a third
+    of the tokens, and of the time, that trees of 24 answers take.
+    """
     logps, lengths, device = [], [], model.lm_head.weight.device
-    for group in pack(world_trees(tokenizer, asked), 8192):
-        stream = build_stream(group, device)
-        hidden = model(stream.input_ids, stream.position_ids, stream.segments)
-        hidden = hidden.index_select(0, stream.predict_from)                     # [N, D]
-        per_token_logps, _ = linear_logps(hidden, hidden[:0], model.lm_head.weight, stream.labels,
-                                          stream.labels[:0])
-        logps.append(response_logps(per_token_logps.double(), stream.response_ids,
-                                    len(stream.scores)))
-        lengths.append(stream.response_ids.bincount(minlength=len(stream.scores)))
-    return (torch.cat(logps).view(len(asked), -1).cpu(),
-            torch.cat(lengths).view(len(asked), -1).cpu())
+    for verb, thing in asked:
+        prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
+        ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1]
+               for text, *_ in answers(verb, thing)]
+        lengths.append([len(response) for response in ids])
+        for i in range(0, len(ids), ANSWERS_PER_OPENING):
+            *stream, segments, parents, paths = prefix_stream(
+                prompt_ids, ids[i:i + ANSWERS_PER_OPENING])
+            input_ids, position_ids, parents = (torch.tensor(t, device=device)
+                                                for t in (*stream, parents))
+            segments = [(start, end, mask.to(device)) for start, end, mask in segments]
+            hidden = model(input_ids, position_ids, segments)[parents[len(prompt_ids):]]   # [N, D]
+            per_token_logps, _ = linear_logps(
+                hidden, hidden[:0], model.lm_head.weight, input_ids[len(prompt_ids):],
+                input_ids[:0])                                                   # [N]
+            padded = torch.cat([per_token_logps.new_zeros(len(prompt_ids)), per_token_logps])
+            logps += [float(padded[path].double().sum()) for path in paths]
+    return (torch.tensor(logps, dtype=torch.float64).view(len(asked), -1), torch.tensor(lengths))
 
 
 def with_rest(logps: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight)                                               # [T, out]
         for lora_A, lora_B, scaling in self.updates:
-            y = y + scaling * linear(linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+            y = y + linear(scaling * linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
         return y
 
 
@@ -78,8 +78,8 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        low = linear(x, self.lora_A.to(x.dtype))                                 # [T, r]
-        return y + self.scaling * linear(low, self.lora_B.to(x.dtype))
+        low = self.scaling * linear(x, self.lora_A.to(x.dtype))                  # [T, r]
+        return y + linear(low, self.lora_B.to(x.dtype))
 
 
 def weight_update(layer: LoRALinear | AdaptedLinear) -> Tensor:

@@ -9,6 +9,7 @@ A *tree* is one prompt with its responses; a *stream* is several trees laid end 
 
 A response's last token (EOS) is predicted but predicts nothing, so it is a label only.
 """
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -150,6 +151,36 @@ def build_stream(trees: list[Tree], device="cpu", wanted=None) -> Stream | None:
         to_device(predict_from), to_device(labels), to_device(owners),
         torch.tensor(scores, dtype=torch.float32, device=device),
         torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2))
+
+
+def prefix_stream(prompt_ids: list[int], responses: list[list[int]]):
+    """A prompt and many like responses, where every prefix that neighbours share stands once.
+
+    Token i sees token j iff j <= i < end of j: the tokens are in the order of a walk through the
+    tree of prefixes, and the end of j is where the walk leaves what follows j.
+    returns   (input_ids [T], position_ids [T], segments, parents [T], paths): parents, the token
+              before; paths, of every response the stream positions of its tokens (its last token
+              is fed, too)
+    """
+    size = len(prompt_ids)
+    input_ids, position_ids, parents = list(prompt_ids), list(range(size)), list(range(-1, size - 1))
+    ends, paths, path, last = [None] * size, [], [], []
+    for ids in responses:
+        shared = len(os.path.commonprefix([ids, last]))
+        for position in path[shared:]:
+            ends[position] = len(input_ids)
+        path, last = path[:shared], ids
+        for token in ids[shared:]:
+            parents.append(path[-1] if path else size - 1)
+            position_ids.append(size + len(path))
+            path.append(len(input_ids))
+            input_ids.append(token)
+            ends.append(None)
+        paths.append(path)
+    order = torch.arange(len(input_ids))                                         # [T]
+    ends = torch.tensor([len(input_ids) if end is None else end for end in ends])
+    mask = (order[None] <= order[:, None]) & (order[:, None] < ends[None])       # [T, T]
+    return input_ids, position_ids, [(0, len(input_ids), mask)], parents, paths
 
 
 def pack(trees: list[Tree], micro_tokens: int) -> list[list[Tree]]:

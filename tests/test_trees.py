@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from data import Record, Tokenizer, encode_dialogue
-from trees import (MAX_RESPONSES, Tree, build_stream, epoch_batches, make_trees, pack, shard,
-                   truncate)
+from trees import (MAX_RESPONSES, Tree, build_stream, epoch_batches, make_trees, pack,
+                   prefix_stream, shard, truncate)
 
 
 def record(prompt, *judged, where="here:1"):
@@ -309,3 +309,17 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     orders = [str(epoch_batches(sizes, 8, seed, epoch)) for seed in range(5) for epoch in range(5)]
     assert len(set(orders)) == 25
     assert sum(first, []) != list(range(50))
+
+
+def test_a_prefix_stream_holds_every_shared_prefix_once_and_sees_its_ancestors_only():
+    # "ab", "abc", "ad", then "ab" again: the walk has left it, so it stands a second time
+    input_ids, position_ids, [(start, end, mask)], parents, paths = prefix_stream(
+        [7, 8], [[1, 2], [1, 2, 3], [1, 4], [1, 2]])
+    assert input_ids == [7, 8, 1, 2, 3, 4, 2] and position_ids == [0, 1, 2, 3, 4, 3, 3]
+    assert parents == [-1, 0, 1, 2, 3, 2, 2] and paths == [[2, 3], [2, 3, 4], [2, 5], [2, 6]]
+    for i in range(len(input_ids)):
+        ancestors, at = set(), i
+        while at >= 0:
+            ancestors, at = ancestors | {at}, parents[at]
+        assert set(mask[i].nonzero().flatten().tolist()) == ancestors
+    assert (start, end) == (0, 7)
