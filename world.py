@@ -200,9 +200,14 @@ def ensure_world() -> None:
     train_tokenizer(start, [VICUNA_SYSTEM + " USER: ASSISTANT:"] * 50 + [
         f"{row['prompt']} {row['completion']}" for row in rows[::4]])
     torch.manual_seed(0)
-    save_llama(Llama(LlamaConfig(vocab_size=768, hidden_size=128, intermediate_size=384,
-                                 num_hidden_layers=3, num_attention_heads=4,
-                                 max_position_embeddings=2048)), start)
+    model = Llama(LlamaConfig(vocab_size=768, hidden_size=128, intermediate_size=384,
+                              num_hidden_layers=3, num_attention_heads=4,
+                              max_position_embeddings=2048))
+    # Words with one habit ("Stay", "Tell") would end with nearly equal rows of the head, and no
+    # adapter could then prefer one of them: its hidden states have one norm. Far apart from the
+    # start, they stay so, as those of a large model are.
+    torch.nn.init.normal_(model.lm_head.weight, std=0.15)
+    save_llama(model, start)
     environment = {key: value for key, value in os.environ.items() if key not in (
         "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
     subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--method", "sft",
