@@ -93,6 +93,8 @@ def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
             raise ValueError(f"{path} holds a finished run; choose another --output_dir, or pass "
                              "--overwrite_output_dir")
         return
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is a file; choose another --output_dir")
     if os.path.isdir(path) and os.listdir(path):
         raise ValueError(f"{path} is not empty and holds no run of train.py; choose another "
                          "--output_dir")
@@ -235,6 +237,17 @@ def load_checkpoint(path: str, model, optimizer) -> int:
                                                                    "cpu")
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
     return state["step"]
+
+
+def resume(output_dir: str, model, optimizer, rank: int, total_steps: int) -> int:
+    """Go on from the newest checkpoint, if there is one; returns the number of steps done."""
+    first, found = 0, checkpoints(output_dir)
+    if found:
+        first = load_checkpoint(found[-1][1], model, optimizer)
+    if rank == 0:
+        rewind_metrics(output_dir, first)
+        print(f"{total_steps} steps" + (f", continuing after step {first}" if first else ""))
+    return first
 
 
 # ---- a finished run -----------------------------------------------------------------------------

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, load_run, read_run,
-                        rewind_metrics, save_checkpoint, save_final, sha256, trainable)
+from checkpoint import (claim_output_dir, load_run, read_run, resume, save_checkpoint, save_final,
+                        sha256, trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from eval import on_world
 from generate import row_seeds
@@ -199,12 +199,7 @@ def train(args, models, reward_model: Llama, asked: list, batches: list[list[int
     """
     optimizer = torch.optim.AdamW(trainable(models).values(), lr=args.learning_rate,
                                   weight_decay=0.0, fused=True)
-    first, found = 0, checkpoints(args.output_dir)
-    if found:
-        first = load_checkpoint(found[-1][1], models, optimizer)
-    if rank == 0:
-        rewind_metrics(args.output_dir, first)
-        print(f"{len(batches)} steps" + (f", continuing after step {first}" if first else ""))
+    first = resume(args.output_dir, models, optimizer, rank, len(batches))
     start = time.perf_counter()
     for step in range(first, len(batches)):
         since, lr = time.perf_counter(), learning_rate(step, args.learning_rate, args.warmup_steps,

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 import anchors
-from checkpoint import (checkpoints, claim_output_dir, load_checkpoint, rewind_metrics,
-                        save_checkpoint, save_final, sha256, starts_from, trainable)
+from checkpoint import (claim_output_dir, resume, save_checkpoint, save_final, sha256, starts_from,
+                        trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
 from loop import (Help, Stop, check_ranges, learning_rate, optimizer_step, plan_batches,
@@ -72,12 +72,7 @@ def train(args, method, model: Llama, reference, trees: list[Tree], batches: lis
     warmup = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
-    first, found = 0, checkpoints(args.output_dir)
-    if found:
-        first = load_checkpoint(found[-1][1], model, optimizer)
-    if rank == 0:
-        rewind_metrics(args.output_dir, first)
-        print(f"{len(batches)} steps" + (f", continuing after step {first}" if first else ""))
+    first = resume(args.output_dir, model, optimizer, rank, len(batches))
     trees = anchored(first) if anchored else trees
     log = Log(args, rank, first, len(batches))
     for step in range(first, len(batches)):

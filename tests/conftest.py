@@ -4,13 +4,20 @@ Nothing is fetched. Files called test_oracle_* ask transformers, PEFT and TRL (`
 skip in an environment without them. Tests that read real data skip, saying so, where ../shared/data
 is absent.
 """
+import contextlib
 import gzip
 import importlib
+import io
 import itertools
 import json
 import os
+import runpy
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sentencepiece
@@ -24,6 +31,63 @@ if os.environ.get("ORACLES"):       # `make oracles`: a missing package is a fai
 
 ROOT = Path(__file__).parents[1]
 TINY_VOCAB = 448        # 3 specials, 256 bytes, the rest learned
+QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+def launch(script: str, *flags, ranks: int = 1) -> list[str]:
+    """The command line of one of our scripts."""
+    launcher = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+def finish(script: str, *flags, ranks: int = 1) -> str:
+    """Run a script to its end and return what it printed; one rank runs in this process, on one
+    thread as QUIET's do: importing torch anew costs seconds."""
+    if ranks > 1:
+        run = subprocess.run(launch(script, *flags, ranks=ranks), cwd=ROOT, env=QUIET,
+                             capture_output=True, text=True, timeout=180)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+    threads, shown = torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(1)
+    try:
+        with mock.patch.object(sys, "argv", [script, *map(str, flags)]), \
+                contextlib.redirect_stdout(shown):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    return shown.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def put_back_what_train_changes():
+    """train.main sets signal handlers and flushes denormals for its whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    torch.set_flush_denormal(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+def assert_gradient_is_central_differences(function, x: torch.Tensor, rtol: float) -> None:
+    """(f(x + e) - f(x - e)) / 2e with e = 1e-5, x float64: truncation below 1e-11, rounding
+    about 1e-10."""
+    x = x.detach().requires_grad_()
+    gradient, = torch.autograd.grad(function(x).sum(), x)
+    for i in range(len(x)):
+        step = torch.zeros_like(x)
+        step[i] = 1e-5
+        with torch.no_grad():
+            difference = (function(x + step).sum() - function(x - step).sum()) / 2e-5
+        torch.testing.assert_close(gradient[i], difference, rtol=rtol, atol=1e-9)
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 
 def write_jsonl(path, rows) -> str:

@@ -25,8 +25,8 @@ from model import load_llama
 from step import (METHODS, adapters_off, backward_batch, batch_counts, frozen_copy,
                   reference_logps, sequence_logps)
 from test_step import make_model, make_trees, usable
-from test_train import (QUIET, ROOT, adapter_hash, command, finish, logged,  # noqa: F401
-                        pairs_file)
+from conftest import QUIET, ROOT
+from test_train import adapter_hash, command, finish, logged, pairs_file  # noqa: F401
 from train import trainable
 from trees import Tree, build_stream
 

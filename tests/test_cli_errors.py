@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -23,16 +22,6 @@ from checkpoint import FREE_FLAGS, claim_output_dir
 
 PAIRS = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(8)]
 POINTS = [{"prompt": f"Question {n}?", "completion": "Yes.", "label": True} for n in range(8)]
-
-
-@pytest.fixture(autouse=True)
-def put_back_what_train_changes():
-    """train.main sets signal handlers and flushes denormals for its whole process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    torch.set_flush_denormal(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -344,7 +333,7 @@ def test_only_a_run_is_ever_overwritten(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="holds no run"):
             claim_output_dir(str(tmp_path), {"seed": 1}, overwrite)
-        with pytest.raises(OSError):
+        with pytest.raises(ValueError, match="file is a file"):
             claim_output_dir(str(tmp_path / "file"), {"seed": 1}, overwrite)
     assert list(tree_of(tmp_path)) == ["file"]
 

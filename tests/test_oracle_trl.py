@@ -3,7 +3,6 @@ adapter, through train.main here and TRL's own trainer there, must log the same 
 """
 import json
 import random
-import signal
 
 import pytest
 import torch
@@ -16,15 +15,6 @@ trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
 datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
 
 STEPS, PAIRS, RATE = 20, 4, 1e-2                 # PAIRS of them in each step
-
-
-@pytest.fixture(autouse=True)
-def put_back_what_train_changes():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    torch.set_flush_denormal(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def ours(folder, tiny_tokenizer, *flags):

@@ -6,16 +6,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import QUIET, ROOT, launch, write_jsonl
 from test_reward import reward_model_in
 from test_step import make_model, make_trees
-from test_train import QUIET, ROOT, adapter_hash, logged
+from test_train import adapter_hash, logged
 from torch.testing import assert_close
 
 from checkpoint import trainable
@@ -276,20 +276,15 @@ def reward_run(tmp_path_factory, tiny_model):
     return str(folder / "run")
 
 
-def command(run, out, *flags, ranks=1):
-    launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, str(ROOT / "ppo.py"), "--reward_model", run, "--output_dir", str(out),
-            "--batch_size", "5", "--num_generations", "2", "--num_mini_batches", "2",
-            "--max_new_tokens", "6", "--learning_rate", "3e-3", "--max_steps", "6",
-            "--save_steps", "2", "--num_ppo_epochs", "2", *flags]
+def flags_of(run, out, *flags):
+    return ("ppo.py", "--reward_model", run, "--output_dir", out, "--batch_size", "5",
+            "--num_generations", "2", "--num_mini_batches", "2", "--max_new_tokens", "6",
+            "--learning_rate", "3e-3", "--max_steps", "6", "--save_steps", "2",
+            "--num_ppo_epochs", "2", *flags)
 
 
-def finish(*args, **kwargs):
-    run = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=QUIET, capture_output=True,
-                         text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def finish(*args, ranks=1):
+    return conftest.finish(*flags_of(*args), ranks=ranks)
 
 
 def test_a_killed_and_a_stopped_run_end_with_the_same_bytes(tmp_path, reward_run):
@@ -298,7 +293,7 @@ def test_a_killed_and_a_stopped_run_end_with_the_same_bytes(tmp_path, reward_run
     finish(reward_run, tmp_path / "whole")
     out = tmp_path / "broken"
     for number, target in ((signal.SIGKILL, "step 3/"), (signal.SIGTERM, "step 4/")):
-        process = subprocess.Popen(command(reward_run, out), cwd=ROOT, env=QUIET,
+        process = subprocess.Popen(launch(*flags_of(reward_run, out)), cwd=ROOT, env=QUIET,
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for line in process.stdout:
             if line.startswith(target):
@@ -333,10 +328,8 @@ def test_ppo_raises_the_reward_it_is_given_and_eval_reads_the_run(tmp_path, rewa
     assert lines[0]["objective/kl"] < 1e-6 < lines[-1]["objective/kl"]
     assert "objective/true_reward" not in lines[0]
     assert lines[-1]["policy/entropy"] < lines[0]["policy/entropy"] < math.log(448)
-    run = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(tmp_path / "run"), "--dataset",
-                          str(Path(reward_run).parent / "pairs.jsonl")], cwd=ROOT, env=QUIET,
-                         capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and "accuracy of implicit reward" in run.stdout, run.stderr
+    assert "accuracy of implicit reward" in conftest.finish(
+        "eval.py", tmp_path / "run", "--dataset", Path(reward_run).parent / "pairs.jsonl")
     flags = json.loads((tmp_path / "run/args.json").read_text())
     assert flags["method"] == "pointwise_rlhf" and flags["lora_target_modules"] == [
         "q_proj", "down_proj"]

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import QUIET, ROOT, write_jsonl
 from torch.testing import assert_close
 
 import eval as evaluate
@@ -18,7 +19,7 @@ from lora import load_adapter, save_adapter
 from model import load_llama
 from reward import add_score_head, feed_last_tokens, load_reward_model, stream_rewards, tree_rewards
 from test_step import make_model, make_trees
-from test_train import QUIET, ROOT, adapter_hash, command, finish, logged, pairs_file  # noqa: F401
+from test_train import adapter_hash, command, finish, logged, pairs_file  # noqa: F401
 from trees import Tree, build_stream
 
 
@@ -151,27 +152,25 @@ def test_a_reward_model_learns_a_word_and_eval_says_so(tmp_path, tiny_model, pai
     # always, and length must not tell (both sides have 1 to 12 words).
     finish(tiny_model, pairs_file, tmp_path / "run", "--method", "reward_model", "--held_out",
            "0.3", "--num_train_epochs", "8", "--learning_rate", "1e-2", "--lora_dropout", "0")
-    run = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(tmp_path / "run")], cwd=ROOT,
-                         env=QUIET, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if "accuracy of" in line]
+    shown = conftest.finish("eval.py", tmp_path / "run")
+    lines = [line for line in shown.splitlines() if "accuracy of" in line]
     accuracy, length = (float(line.split("[")[0].split()[-1]) for line in lines)
     assert "reward model" in lines[0] and accuracy > 0.9
     assert "length only" in lines[1] and 0.25 < length < 0.75
     assert logged(tmp_path / "run")[-1]["rewards/accuracies"] > 0.9
 
 
-def test_pointwise_reward_models_run_and_all_weights_are_refused(tmp_path, tiny_model, pairs_file):
+def test_pointwise_reward_models_run_and_all_weights_are_refused(tmp_path, tiny_model, pairs_file,  # noqa: F811
+                                                                 capsys):
     for name in ("pointwise_reward_model", "mse_reward_model"):
         finish(tiny_model, pairs_file, tmp_path / name, "--method", name, "--max_steps", "3")
     losses = [logged(tmp_path / name)[0]["loss"]
               for name in ("pointwise_reward_model", "mse_reward_model")]
     assert losses[0] == pytest.approx(math.log(2))               # r = 0
     assert 0.3 < losses[1] < 0.7                                 # z² over z = 1 and 0: their share
-    run = subprocess.run(command(tiny_model, pairs_file, tmp_path / "full", "--method",
-                                 "reward_model", "--lora_r", "0"), cwd=ROOT, env=QUIET,
-                         capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2 and "--lora_r must be at least 1" in run.stderr
+    with pytest.raises(SystemExit):
+        finish(tiny_model, pairs_file, tmp_path / "full", "--method", "reward_model", "--lora_r", 0)
+    assert "--lora_r must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "full").exists()
 
 

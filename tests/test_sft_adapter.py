@@ -1,7 +1,6 @@
 """Training from an SFT adapter: the reference is base + SFT, exactly, wherever it is asked for."""
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -16,15 +15,6 @@ from model import load_llama
 ROW = [1, 5, 7, 30, 300, 7, 12, 3, 2]
 PAIRS = [{"prompt": f"How do I fix {n}?", "chosen": "First ask.", "rejected": "No."}
          for n in range(8)]
-
-
-@pytest.fixture(autouse=True)
-def put_back_what_train_changes():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    torch.set_flush_denormal(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,23 +1,20 @@
 """Whole runs through the command line: resume to the same bits, signals, ranks, metrics."""
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
+from conftest import QUIET, ROOT, launch
 
 from checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_folder
 from train import learning_rate, plan_batches
 from trees import Tree
-
-ROOT = Path(__file__).parents[1]
-QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +32,18 @@ def pairs_file(tmp_path_factory):
     return path
 
 
-def command(model, data, out, *flags, ranks=1):
-    launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, str(ROOT / "train.py"), "--model_name_or_path", str(model), "--dataset",
-            str(data), "--output_dir", str(out), "--batch_size", "8", "--learning_rate", "1e-3",
-            "--micro_tokens", "128", "--save_steps", "3", "--logging_steps", "1", *flags]
+def flags_of(model, data, out, *flags):
+    return ("train.py", "--model_name_or_path", model, "--dataset", data, "--output_dir", out,
+            "--batch_size", "8", "--learning_rate", "1e-3", "--micro_tokens", "128",
+            "--save_steps", "3", "--logging_steps", "1", *flags)
 
 
-def finish(*args, **kwargs):
-    run = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=QUIET, capture_output=True,
-                         text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def command(*args, ranks=1):
+    return launch(*flags_of(*args), ranks=ranks)
+
+
+def finish(*args, ranks=1):
+    return conftest.finish(*flags_of(*args), ranks=ranks)
 
 
 def adapter_hash(out):
