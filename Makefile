@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test oracles bench bench-kernel clean
+.PHONY: demo test oracles reproduce bench bench-kernel clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,12 @@ demo: .venv/ready
 # Everything but the oracles, which need more packages than the project does.
 test: .venv/ready
 	$(BIN)/python -m pytest tests --ignore-glob='*/test_oracle_*.py'
+
+# The papers' claims on the embedded world: every table and figure of results/. TABLES="hh d2o" makes
+# some of them; what was run before is not run again.
+reproduce: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib==3.11.2
+	$(BIN)/python reproduce.py $(TABLES)
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -171,7 +171,7 @@ def trainable(model) -> dict[str, Tensor]:
 
 
 def save_weights(model, path: str, base_model: str) -> None:
-    """A PEFT adapter if the model has one, else the whole model; of a ModuleDict what is trained."""
+    """A PEFT adapter if the model has one, else the whole model; a ModuleDict's trained weights."""
     if isinstance(model, torch.nn.ModuleDict):
         save_file(trainable(model), os.path.join(path, "trained.safetensors"))
     elif adapter_tensors(model):
@@ -253,7 +253,7 @@ def resume(output_dir: str, model, optimizer, rank: int, total_steps: int) -> in
 # ---- a finished run -----------------------------------------------------------------------------
 
 def read_run(path: str) -> dict:
-    """The flags of a finished run of train.py or ppo.py; ValueError or OSError for anything else."""
+    """The flags of a finished run of train.py or ppo.py; raises ValueError or OSError else."""
     file = os.path.join(path, "args.json")
     if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
         raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "

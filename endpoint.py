@@ -42,8 +42,10 @@ def post(url: str, key: str, body: dict, timeout: float):
 
 
 def seconds_to_wait(retry_after: str | None, attempt: int) -> float:
-    """What Retry-After says (seconds, or a date), at most 600 s; without it 1, 2, 4 … 60 s for attempt 0, 1, 2 …
+    """What Retry-After says (seconds, or a date), at most 600 s; without it 1, 2, 4 … 60 s.
 
+    retry_after   the header's value
+    attempt       0, 1, 2 … wait 1, 2, 4 … seconds
     Those are cut by a random part of up to half: what failed together shall not return together.
     """
     if retry_after and retry_after.strip().isdecimal():

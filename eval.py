@@ -29,7 +29,6 @@ from model import Llama
 from reward import tree_rewards
 from step import sequence_logps
 from trees import Tree, build_stream, make_trees, pack, prefix_stream
-from weights import read_json
 from world import BODIES, CLOSINGS, answers, base_model, held_out_prompts, question
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear

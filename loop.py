@@ -1,4 +1,4 @@
-"""What every training loop needs, here those of train.py and ppo.py: ranks, a step, a stop, a log."""
+"""What train.py's loop and ppo.py's share: ranks, a step, a stop, a schedule, a log."""
 import argparse
 import json
 import math

@@ -209,7 +209,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads."""
+    """Write adapter_config.json and adapter_model.safetensors for PeftModel.from_pretrained."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no adapter to save")

@@ -174,9 +174,9 @@ def update(args, models, optimizer, rollouts: list[Rollout], step: int, rank: in
             minibatch = [rollouts[number] for number in numbers]
             totals = backward_minibatch(
                 models["policy"], models["value"], shard(minibatch, world_size)[rank],
-                sum(len(rollout.per_token_logps) for rollout in minibatch), cliprange=args.cliprange,
-                cliprange_value=args.cliprange_value, vf_coef=args.vf_coef,
-                micro_tokens=args.micro_tokens, device=device)
+                sum(len(rollout.per_token_logps) for rollout in minibatch),
+                cliprange=args.cliprange, cliprange_value=args.cliprange_value,
+                vf_coef=args.vf_coef, micro_tokens=args.micro_tokens, device=device)
             extras = torch.cat([totals, totals.new_tensor([stop.signal])])
             extras, grad_norm = optimizer_step(optimizer, parameters, extras, args.max_grad_norm,
                                                f"step {step + 1}, prompts {numbers} of its batch")
@@ -287,8 +287,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     run = read_run(args.reward_model)
     if not run["method"].endswith("reward_model"):
-        raise ValueError(f"--reward_model {args.reward_model} is a run of {run['method']}; expected "
-                         "one of train.py --method …reward_model")
+        raise ValueError(f"--reward_model {args.reward_model} is a run of {run['method']}; "
+                         "expected one of train.py --method …reward_model")
     defaults = {name: run[name] for name in INHERITED}
     if on_world(run, args.dataset):
         defaults |= WORLD_FLAGS

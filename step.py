@@ -47,8 +47,10 @@ def anchored_loss(p: Tensor, r: Tensor, stream: Stream, beta: float, log_z: floa
 
 
 METHODS = {
-    "ulma":          Method("all", "negative", lambda p, r, s, b, c: ulma_loss(p, r, s.scores, b, c)),
-    "ulma_mse":      Method("all", "all", lambda p, r, s, b, c: ulma_mse_loss(p, r, s.scores, b, c)),
+    "ulma":          Method("all", "negative",
+                            lambda p, r, s, b, c: ulma_loss(p, r, s.scores, b, c)),
+    "ulma_mse":      Method("all", "all",
+                            lambda p, r, s, b, c: ulma_mse_loss(p, r, s.scores, b, c)),
     "pointwise_dpo": Method("all", "all",
                             lambda p, r, s, b, c: pointwise_dpo_loss(p, r, s.scores, b, c)),
     "pointwise_mse": Method("all", "all",

@@ -145,8 +145,9 @@ def check_flags(args) -> None:
                          "at least 1")
     if args.sft_adapter:
         if before := starts_from(args.sft_adapter):
-            raise ValueError(f"--sft_adapter {args.sft_adapter} is itself on top of {before}; merge "
-                             "both with export.py and pass the result as --model_name_or_path")
+            raise ValueError(f"--sft_adapter {args.sft_adapter} is itself on top of {before}; "
+                             "merge both with export.py, and pass the result as "
+                             "--model_name_or_path")
         inside = os.path.commonpath([os.path.abspath(path) for path in
                                      (args.sft_adapter, args.output_dir)])
         if inside == os.path.abspath(args.output_dir):
@@ -280,7 +281,7 @@ def prepare(args, rank: int, device):
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    # Squared gradients of never-seen tokens sink below 1e-38; a CPU then works up to 20 times slower.
+    # Squared gradients of never-seen tokens sink below 1e-38; a CPU is then 20 times slower.
     torch.set_flush_denormal(True)
     rank, world_size, device = set_up_processes()
     choose_linear_logps(args.kernels, device.type)           # refuses, or says so, before the start

@@ -83,7 +83,8 @@ def make_trees(records, tokenizer, uses: str = "all", max_length: int = 1024,
         if record.prompt != last_prompt or len(trees[-1].scores) + len(kept) > MAX_RESPONSES:
             prompt_ids, _ = encode_dialogue(tokenizer, [*record.prompt, ("Assistant", "")])
             counts_["prompts cut from the left"] += len(prompt_ids) > max_prompt_length
-            trees.append(Tree(truncate(prompt_ids, [], max_length, max_prompt_length)[0], [], [], []))
+            prompt_ids, _ = truncate(prompt_ids, [], max_length, max_prompt_length)
+            trees.append(Tree(prompt_ids, [], [], []))
             last_prompt = record.prompt
         tree = trees[-1]
         number = {i: len(tree.scores) + n for n, i in enumerate(kept)}           # in the tree
@@ -134,7 +135,8 @@ def build_stream(trees: list[Tree], device="cpu", wanted=None) -> Stream | None:
         position_ids += range(size)
         branch_ids += [0] * size
         for i, ids in branches:
-            predict_from += [start + size - 1, *range(len(input_ids), len(input_ids) + len(ids) - 1)]
+            first_token = len(input_ids)
+            predict_from += [start + size - 1, *range(first_token, first_token + len(ids) - 1)]
             labels += ids
             owners += [first + i] * len(ids)
             input_ids += ids[:-1]
@@ -163,8 +165,9 @@ def prefix_stream(prompt_ids: list[int], responses: list[list[int]]):
               is fed, too)
     """
     size = len(prompt_ids)
-    input_ids, position_ids, parents = list(prompt_ids), list(range(size)), list(range(-1, size - 1))
-    ends, paths, path, last = [None] * size, [], [], []
+    input_ids, position_ids = list(prompt_ids), list(range(size))
+    parents, ends = list(range(-1, size - 1)), [None] * size
+    paths, path, last = [], [], []
     for ids in responses:
         shared = len(os.path.commonprefix([ids, last]))
         for position in path[shared:]:

@@ -222,7 +222,8 @@ def check(name: str, task: str, data: dict, run, truth) -> dict:
         loss, policy = run(task, data)
         gradient = backward(loss, policy)
     except Exception as error:              # not installed, not for this device, out of memory, ...
-        return {"left out": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:90]}"}
+        first = (str(error).strip().splitlines() or [""])[0][:90]
+        return {"left out": f"{type(error).__name__}: {first}"}
     if name == "bare products" or (name == "Liger" and task == "ulma"):
         return {}                           # no loss; another loss on the same rows
     errors = {"loss error": abs(loss.item() - truth[0]) / abs(truth[0]),

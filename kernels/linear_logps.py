@@ -338,7 +338,8 @@ def triton_problem(device_type: str) -> str:
         if abs(float(logps) + 2.772588722) > 1e-5:               # log 16
             return f"a trial of 16 equal logits gave {float(logps)}, not -log 16"
     except Exception as error:
-        return f"a trial launch failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        first = (str(error).splitlines() or [""])[0]
+        return f"a trial launch failed ({type(error).__name__}: {first})"
     return ""
 
 

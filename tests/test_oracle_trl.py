@@ -47,7 +47,7 @@ def theirs(trainer_class, config, rows, model, folder):
         losses = []
 
         def _prepare_dataset(self, dataset, *_):
-            return dataset                       # token ids already; TRL would add an EOS of its own
+            return dataset               # token ids already; TRL would add an EOS of its own
 
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)

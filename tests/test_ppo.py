@@ -25,7 +25,7 @@ from ppo import (add_advantages, backward_minibatch, clipped_policy_loss, clippe
                  kl_penalised_rewards, whiten)
 from rollouts import (Rollout, batch_metrics, observe, sample, token_values, true_rewards,
                       world_rewards)
-from trees import Tree, build_stream, shard
+from trees import build_stream, shard
 
 
 def tensor(*values):
@@ -154,7 +154,8 @@ def test_observed_tokens_are_those_of_each_response_alone():
         for name, column in zip(("per_token_logps", "entropy", "values"), columns):
             assert_close(getattr(rollout, name), torch.cat(column), rtol=1e-9, atol=1e-9)
         assert rollout.scores == pytest.approx(columns[3], rel=1e-9)
-        assert (rollout.kl >= 0).all() and (rollout.reference_per_token_logps != rollout.per_token_logps).all()
+        assert (rollout.kl >= 0).all()
+        assert (rollout.reference_per_token_logps != rollout.per_token_logps).all()
     assert cut == 1
 
 

@@ -45,7 +45,7 @@ def make_trees(count=11, seed=1):
     trees = []
     for number in range(count):
         responses = [ids(0, 9) + [2] for _ in range(1 + number % 3)]
-        scores = [1.0, 0.0, 1.0][:len(responses)] if number % 2 else [0.0, 1.0, 0.25][:len(responses)]
+        scores = ([1.0, 0.0, 1.0] if number % 2 else [0.0, 1.0, 0.25])[:len(responses)]
         pairs = [(i, j) for i in range(len(scores)) for j in range(len(scores))
                  if scores[i] > scores[j]]
         trees.append(Tree([1] + ids(1, 12), responses, scores, pairs))
@@ -68,7 +68,7 @@ def usable(trees, uses):
     out = []
     for tree in trees:
         keep = [i for i, z in enumerate(tree.scores)
-                if uses == "all" or (uses == "positive" and z == 1) or (uses == "negative" and z == 0)
+                if uses == "all" or {"positive": 1, "negative": 0}.get(uses) == z
                 or (uses == "pairs" and any(i in pair for pair in tree.pairs))]
         if keep:
             new = {old: n for n, old in enumerate(keep)}
@@ -84,13 +84,14 @@ def gradient(trees, name, shares=None, micro_tokens=8192, reduction="mean", mean
     model, method = make_model(dtype, score_head=METHODS[name].p == "rewards"), METHODS[name]
     if name == "d2o":
         method = replace(method, loss=partial(method.loss, alpha=0.7))
+    loss = 0.0
     for share in shares or [trees]:
         total = backward_batch(model, partial(adapters_off, model), method, share,
                                batch_counts(trees), beta=0.3, log_z=0.2, mean_logps=mean_logps,
                                reduction=reduction, micro_tokens=micro_tokens,
                                linear_logps=linear_logps)
-        loss = total[0] if share is (shares or [trees])[0] else loss + total[0]
-    return float(loss), torch.cat([p.grad.flatten() for p in trainable(model).values()])
+        loss += float(total[0])
+    return loss, torch.cat([p.grad.flatten() for p in trainable(model).values()])
 
 
 def plain_gradient(trees, name, reduction, mean_logps):

@@ -52,7 +52,8 @@ def adapter_hash(out):
 
 def logged(out, *without):
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", *without)} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", *without)}
+            for line in lines]
 
 
 # SFT trains with dropout (0.1): the masks must come out the same after a resume.

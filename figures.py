@@ -1,0 +1,184 @@
+"""Figures of results/: seed means with 95 % t intervals.
+
+Colours are Okabe and Ito's, which a colour-blind reader can tell apart; markers differ too.
+matplotlib is asked for here alone: without it there are tables and no figures.
+"""
+import os
+
+from intervals import seed_interval
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, BLACK = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+STYLE = {"ulma": (VERMILION, "o"), "pointwise_dpo": (BLUE, "s"), "dpo": (GREEN, "^"),
+         "sft": (ORANGE, "D"), "rlhf": (PURPLE, "v"), "pointwise_rlhf": (SKY, "P"),
+         "unlikelihood": (YELLOW, "X"), "unlearning": (BLACK, "*"), "negative_dpo": (SKY, "P"),
+         "d2o": (PURPLE, "v")}
+
+
+def pyplot():
+    """matplotlib's, set up; None without it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figures: they need matplotlib (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 120,
+                         "legend.frameon": False, "svg.hashsalt": "ulma"})
+    return plt
+
+
+def stat(cells: dict, cell: tuple, score: str) -> tuple[float, float]:
+    return seed_interval([row[score] for row in cells[cell].values()])
+
+
+def methods_of(cells: dict, data: str, names) -> list[tuple]:
+    return [("qa-pairs" if (data, name) == ("qa", "dpo") else data, name) for name in names]
+
+
+def draw_wins(plt, cells: dict, bounds: dict, label):
+    """Stacked bars: win, tie, lose of an answer against the data's chosen one."""
+    names = ("unlearning", "unlikelihood", "sft", "dpo", "pointwise_dpo", "ulma", "rlhf",
+             "pointwise_rlhf")[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, data, title in zip(axes, ("hh", "golden"), ("HH-like pairs", "golden pairs")):
+        for place, name in enumerate(names):
+            if (data, name) not in cells:
+                continue
+            left = 0
+            for kind, colour in (("win", BLUE), ("tie", SKY), ("lose", ORANGE)):
+                mean, half = stat(cells, (data, name), f"{kind}/chosen")
+                axis.barh(place, 100 * mean, left=100 * left, color=colour, height=0.7,
+                          label=kind if place == 0 else None)
+                if kind == "win":
+                    axis.errorbar(100 * mean, place, xerr=100 * half, color="black", capsize=3)
+                left += mean
+        axis.set_title(f"{title}: against the chosen answer")
+        axis.set_xlabel("% of comparisons (bars on wins: 95 % over seeds)")
+        axis.set_xlim(0, 100)
+    axes[0].set_yticks(range(len(names)), [label((data, name)) for name in names])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return figure
+
+
+def draw_frontier(plt, cells: dict, bounds: dict, label):
+    """True reward against KL: every method on HH-like pairs, what beta and steps do, and pi*."""
+    figure, axis = plt.subplots(figsize=(8.5, 5.2))
+    optimum = [row for name, row in bounds.items() if name.startswith("pi*")]
+    optimum.sort(key=lambda row: row["KL(pi||ref)"])
+    axis.plot([0, *(row["KL(pi||ref)"] for row in optimum)],
+              [bounds["base"]["E[r]"], *(row["E[r]"] for row in optimum)], "k--",
+              label="optimum pi*, the ceiling")
+    for name, (colour, marker) in STYLE.items():
+        for method in [m for data, m in cells if data == "hh" and m.split(" ")[0] == name]:
+            if "logp_reduction" in method:
+                continue
+            (x, dx), (y, dy) = (stat(cells, ("hh", method), s) for s in ("KL(pi||ref)", "E[r]"))
+            swept = method != name
+            axis.errorbar(x, y, xerr=dx, yerr=dy, color=colour, marker=marker, alpha=0.45 if swept
+                          else 1, markersize=5 if swept else 9, elinewidth=1,
+                          markeredgecolor="black" if not swept else colour,
+                          label=None if swept else label(("hh", name)))
+    axis.plot(0, bounds["base"]["E[r]"], "kx", markersize=9, label="base")
+    axis.set_xlim(-0.1, 3.6)
+    axis.set_ylim(-6.5, 3.5)
+    axis.set_xlabel("KL(pi||pi_ref), nats")
+    axis.set_ylabel("true reward E[r], nats")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_d2o(plt, cells: dict, bounds: dict, label):
+    """D2O over K, for three sources of anchors; negative-only methods as lines."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4))
+    sources = ((0, "anchors of the base", BLUE, "o"), (10, "new every 10 steps", ORANGE, "s"),
+               (1, "new every step", VERMILION, "^"))
+    for axis, score, unit in zip(axes, ("E[r]", "harmful", "good"),
+                                 ("true reward E[r], nats", "mass on harmful answers",
+                                  "mass on answers with r* > 0")):
+        for shift, (every, name, colour, marker) in enumerate(sources):
+            flags = f" refresh_anchors={every}" if every else ""
+            values = [stat(cells, ("negatives", f"d2o num_anchors={k} anchor_tokens=48{flags}"),
+                           score) for k in (1, 2, 4, 11)]
+            axis.errorbar([i + 0.08 * (shift - 1) for i in range(4)], [m for m, _ in values],
+                          yerr=[h for _, h in values], color=colour, marker=marker, capsize=3,
+                          label=name)
+        for name, style in (("negative_dpo", ":"), ("unlearning", "-.")):
+            mean, _ = stat(cells, ("negatives", name), score)
+            axis.axhline(mean, color="grey", linestyle=style, label=label(("negatives", name)))
+        axis.axhline(bounds["base"][score], color="black", linewidth=1, label="base")
+        axis.set_xticks(range(4), (1, 2, 4, 11))
+        axis.set_xlabel("anchors per prompt, K")
+        axis.set_ylabel(unit)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
+def draw_dirty(plt, cells: dict, bounds: dict, label):
+    """What harmful answers among the positives do."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, score, unit in zip(axes, ("E[r]", "harmful"),
+                                 ("true reward E[r], nats", "mass on harmful answers")):
+        for name in ("ulma", "dpo", "sft"):
+            values = [stat(cells, (data, name), score)
+                      for data in ("golden", "golden-10", "golden-30")]
+            colour, marker = STYLE[name]
+            axis.errorbar((0, 10, 30), [m for m, _ in values], yerr=[h for _, h in values],
+                          color=colour, marker=marker, capsize=3, label=label(("golden", name)))
+        mean, half = stat(cells, ("golden", "d2o num_anchors=4 anchor_tokens=48"), score)
+        axis.axhline(mean, color=PURPLE, linestyle="--", label="D2O, reads no positives")
+        axis.axhspan(mean - half, mean + half, color=PURPLE, alpha=0.15)
+        axis.axhline(bounds["base"][score], color="black", linewidth=1, label="base")
+        axis.set_xlabel("dirty positives, %")
+        axis.set_ylabel(unit)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return figure
+
+
+def draw_calibration(plt, cells: dict, bounds: dict, label):
+    """The implicit reward beta log(pi/pi_ref) against r*: order, slope, calibration."""
+    shown = [("hh", "dpo"), ("hh", "pointwise_dpo"), ("hh", "ulma"), ("qa", "pointwise_dpo"),
+             ("qa", "pointwise_dpo_constant_z"), ("qa", "pointwise_dpo_batch_z"),
+             ("qa", "pointwise_dpo_exact_z"), ("qa", "ulma"), ("red-team", "pointwise_mse"),
+             ("red-team", "ulma_mse")][::-1]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
+    for axis, score, ideal in zip(axes, ("reward accuracy", "reward slope", "calibration error"),
+                                  (1, 1, 0)):
+        for place, cell in enumerate(shown):
+            mean, half = stat(cells, cell, score)
+            family = next(name for name in ("ulma", "pointwise", "dpo") if cell[1].startswith(name))
+            colour, marker = STYLE["pointwise_dpo" if family == "pointwise" else family]
+            axis.errorbar(mean, place, xerr=half, color=colour, marker=marker, capsize=3)
+        axis.axvline(ideal, color="black", linestyle="--", linewidth=1)
+        axis.set_xlabel(f"{score} (ideal: {ideal})")
+    axes[0].set_yticks(range(len(shown)), [f"{label(cell)} ({cell[0]})" for cell in shown])
+    return figure
+
+
+FIGURES = {      # file: tables it needs, function, caption
+    "wins.png": (("hh",), draw_wins,
+                 "Win, tie and lose of each method's answers against the data's chosen one."),
+    "frontier.png": (("hh", "frontier"), draw_frontier,
+                     "Reward and KL on HH-like pairs. Large: tuned runs; small: beta from 0.1 to "
+                     "2, and 0.25 to 2 epochs. Runs that left the world may lie outside."),
+    "d2o.png": (("d2o",), draw_d2o, "D2O on 608 bad answers: number and source of anchors."),
+    "dirty.png": (("dirty",), draw_dirty, "Harmful answers among the chosen ones."),
+    "calibration.png": (("hh", "qa", "red-team", "z"), draw_calibration,
+                        "How the implicit reward follows the true one, over all answers to a "
+                        "prompt."),
+}
+
+
+def draw(out: str, complete: list[str], cells: dict, bounds: dict, label) -> list[tuple[str, str]]:
+    """Write every figure whose tables are complete; returns [(file, caption)]."""
+    plt, drawn = pyplot(), []
+    for file, (needs, function, caption) in FIGURES.items():
+        if plt and set(needs) <= set(complete):
+            figure = function(plt, cells, bounds, label)
+            figure.set_layout_engine("constrained")
+            figure.savefig(os.path.join(out, file), metadata={"Software": None})
+            plt.close(figure)
+            drawn.append((file, caption))
+    return drawn
