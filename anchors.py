@@ -20,15 +20,10 @@ does: running out of room is not the end of an answer.
 """
 import json
 import os
-import time
-from bisect import bisect_right
 from dataclasses import replace
-from itertools import accumulate
 
-import torch.distributed as dist
-
-from checkpoint import write_text
 from generate import generate, row_seeds
+from kept import write_rows
 from step import reference_logps
 from trees import MAX_RESPONSES, Tree
 
@@ -113,18 +108,6 @@ def sampling_batches(trees: list[Tree], numbers: list[int], num_anchors: int,
 
 # ---- files --------------------------------------------------------------------------------------
 
-def whole_batches(file: str, batches: list[list[int]]) -> int:
-    """How many batches a file of anchors holds; what a kill left of the next one is cut off."""
-    if not os.path.isfile(file):
-        return 0
-    with open(file, encoding="utf-8") as stream:
-        lines = [line for line in stream if line.endswith("\n")]
-    ends = [0, *accumulate(map(len, batches))]
-    done = bisect_right(ends, len(lines)) - 1
-    write_text(file, "".join(lines[:ends[done]]))
-    return done
-
-
 def read_anchors(file: str, trees: list[Tree], numbers: list[int]) -> dict[int, Tree]:
     """Tree number -> tree with anchors and reference_logps, for these numbers.
 
@@ -146,15 +129,6 @@ def read_anchors(file: str, trees: list[Tree], numbers: list[int]) -> dict[int, 
 
 
 # ---- making them --------------------------------------------------------------------------------
-
-def gather(value) -> list:
-    """What every rank passed, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
 
 def anchor_rows(model, references, trees: list[Tree], numbers: list[int], seeds: list[int],
                 sampling: tuple, mean_logps: bool, micro_tokens: int, linear_logps) -> list[dict]:
@@ -186,9 +160,7 @@ def anchored_trees(step: int, output_dir: str, model, references, trees: list[Tr
     model    the policy; if `step` refreshes, it says the anchors that its file does not have yet
     batches  tree numbers of every step of the run
     every    steps between refreshes; 0: none
-    stop     leave after the batch at hand once stop.signal is not 0
-    others   see `anchor_rows`, step.backward_batch
-    Batches go to ranks in turn; what is in them does not depend on the number of ranks.
+    others   see `anchor_rows`, kept.write_rows, step.backward_batch
     """
     said_at = step - step % every if every else 0
     steps = batches[said_at:said_at + every] if every else batches
@@ -197,29 +169,14 @@ def anchored_trees(step: int, output_dir: str, model, references, trees: list[Tr
     if step > said_at:
         return read_anchors(file, trees, numbers)
     packs = sampling_batches(trees, numbers, num_anchors, sampling[0], CACHE_TOKENS * micro_tokens)
-    # a batch cut by a kill is sampled again as a whole: what it says depends on it in the last bits
-    first = gather(whole_batches(file, packs) if rank == 0 else 0)[0]
-    start, said = time.perf_counter(), 0
-    for number in range(first, len(packs), world_size):
-        mine = (packs[number + rank:] or [[]])[0]
-        seeds = [s for n in mine for s in anchor_seeds(seed, step, n, num_anchors)]
-        rows = anchor_rows(model, references, trees, mine, seeds, sampling, mean_logps,
+
+    def rows_of(batch):
+        seeds = [s for n in batch for s in anchor_seeds(seed, step, n, num_anchors)]
+        return anchor_rows(model, references, trees, batch, seeds, sampling, mean_logps,
                            micro_tokens, linear_logps)
-        rows, signals = zip(*gather((rows, stop.signal)))
-        done = min(number + world_size, len(packs))
-        if rank == 0:
-            with open(file, "a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in sum(rows, []))
-            said += sum(len(ids) for row in sum(rows, []) for ids in row["anchor_ids"])
-            seconds = time.perf_counter() - start
-            left = int(seconds / (done - first) * (len(packs) - done))
-            print(f"anchors of step {step}: batch {done}/{len(packs)}  {said / seconds:.0f} tok/s  "
-                  f"{left // 60}:{left % 60:02} left", flush=True)
-        if any(signals):
-            if rank == 0:
-                print("stopped among anchors, saved; the same command continues")
-            raise SystemExit(128 + max(signals))
-    gather(None)                                # rank 0 has written before another reads
+
+    write_rows(file, packs, rows_of, lambda row: sum(map(len, row["anchor_ids"])),
+               f"anchors of step {step}", rank, world_size, stop)
     made = read_anchors(file, trees, numbers)
     if rank == 0:
         ended = [ids[-1] == sampling[3] for tree in made.values() for ids in tree.response_ids[1:]]

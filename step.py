@@ -33,8 +33,7 @@ class Method:
     """
     uses: str            # responses it trains on: "all", "positive", "negative", "pairs", or
                          # "anchors": negatives, each beside what the model itself said
-    reference: str       # responses that need the reference: "all", "negative" (z < 1), "none", or
-                         # "kept": all, computed before and kept in the trees
+    reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
     loss: object         # (p, r, stream, beta, log_z) -> losses, per response or per pair
     p: str = "logps"     # what p is: "logps", or "rewards" of a score head
 
@@ -61,7 +60,7 @@ METHODS = {
     "positive_dpo":  Method("positive", "all", lambda p, r, s, b, c: positive_dpo_loss(p, r, b, c)),
     "unlearning":    Method("negative", "none", lambda p, r, s, b, c: unlearning_loss(p)),
     "negative_dpo":  Method("negative", "all", lambda p, r, s, b, c: negative_dpo_loss(p, r, b, c)),
-    "d2o":           Method("anchors", "kept", anchored_loss),    # alpha is bound by the caller
+    "d2o":           Method("anchors", "all", anchored_loss),     # alpha is bound by the caller
     "unlikelihood":  Method("all", "none", lambda p, r, s, b, c: unlikelihood_loss(p, s.scores)),
     "reward_model":  Method("pairs", "none",
                             lambda p, r, s, b, c: reward_model_loss(*p[s.pairs].T), p="rewards"),
@@ -70,8 +69,8 @@ METHODS = {
     "mse_reward_model": Method(
         "all", "none", lambda p, r, s, b, c: mse_reward_model_loss(p, s.scores), p="rewards"),
 }
-NEEDS_REFERENCE = {"all": lambda score: True, "kept": lambda score: True,
-                   "negative": lambda score: score < 1, "none": lambda score: False}
+NEEDS_REFERENCE = {"all": lambda score: True, "negative": lambda score: score < 1,
+                   "none": lambda score: False}
 
 
 def check_fit(name: str, records) -> None:
@@ -168,6 +167,9 @@ def reference_logps(reference, trees: list[Tree], wanted, mean: bool, micro_toke
         head = frozen.lm_head.weight
         for group in pack(trees, micro_tokens):
             stream = build_stream(group, head.device, wanted)
+            if stream is None:
+                logps += [0.0] * sum(len(tree.scores) for tree in group)
+                continue
             hidden = frozen(stream.input_ids, stream.position_ids, stream.segments)      # [T, D]
             hidden = hidden.index_select(0, stream.predict_from)                 # [N, D]
             _, per_token_logps = linear_logps(hidden[:0], hidden, head, stream.labels[:0],
@@ -234,7 +236,8 @@ def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], c
                    device="cpu", linear_logps=linear_logps) -> Tensor:
     """Accumulate the gradient of this rank's share of a batch; returns [loss, tokens, *METRICS].
 
-    trees    this rank's; counts, of the whole batch (see `loss_weights`)
+    reference  None where the trees keep their reference_logps
+    trees      this rank's; counts, of the whole batch (see `loss_weights`)
     """
     needs_reference, is_reward_model = NEEDS_REFERENCE[method.reference], method.p == "rewards"
     trees = feed_last_tokens(trees) if is_reward_model else trees
@@ -245,8 +248,8 @@ def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], c
             policy, frozen = stream_rewards(model, stream), None                  # [R]
             metrics = metric_sums(None, policy.detach(), [True] * len(policy), stream)
         else:
-            kept = method.reference == "kept"
-            reference_stream = (stream if method.reference == "all" else None if kept
+            kept = group[0].reference_logps is not None
+            reference_stream = (None if kept else stream if method.reference == "all"
                                 else build_stream(group, device, needs_reference))
             policy, frozen = sequence_logps(                                      # [R], [R]
                 model, reference, stream, reference_stream, mean_logps, linear_logps)

@@ -32,6 +32,7 @@ from checkpoint import (claim_output_dir, resume, save_checkpoint, save_final, s
                         trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
+from kept import keep_reference, reference_key
 from loop import (Help, Stop, check_ranges, learning_rate, optimizer_step, plan_batches,
                   set_up_processes, write_line)
 from lora import add_lora, load_adapter, share_base, start_from_adapter
@@ -312,6 +313,14 @@ def main(argv=None) -> None:
             mean_logps=args.logp_reduction == "mean", micro_tokens=args.micro_tokens,
             linear_logps=choose_linear_logps(args.kernels, device.type), rank=rank,
             world_size=world_size, stop=stop)
+    elif method.reference != "none" and sum(map(len, batches)) > len(trees):    # several epochs
+        key = reference_key(trees, args.model_name_or_path, args.sft_adapter, method.reference,
+                            args.logp_reduction, args.bf16, args.micro_tokens, args.kernels)
+        trees = keep_reference(
+            args.output_dir, key, reference, trees, method.reference,
+            args.logp_reduction == "mean", args.micro_tokens,
+            choose_linear_logps(args.kernels, device.type), rank, world_size, stop)
+        reference = references = None    # with --lora_r 0 it was a copy of the whole model
     train(args, method, model, reference, trees, batches, rank, world_size, device, stop, anchored)
     if rank == 0:
         save_final(args.output_dir, model, base_name(args), tokenizer)

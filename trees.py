@@ -29,7 +29,7 @@ class Tree:
     response_ids  [[int]]          EOS last, unless the response was cut
     scores        [float]          z of each response
     pairs         [(int, int)]     (chosen, rejected) indices into the responses
-    reference_logps  [float]       log π_ref of each response where it is kept (D2O), nats
+    reference_logps  [float]       log π_ref of each response where it is kept (kept.py), nats
     """
     prompt_ids: list
     response_ids: list

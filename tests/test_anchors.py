@@ -301,7 +301,8 @@ def test_a_run_killed_among_anchors_and_among_steps_ends_with_the_same_bytes(tmp
         assert not (broken / "final").exists(), "the run was over before the signal came"
         if kind == signal.SIGTERM:
             assert process.returncode == 128 + kind
-            assert shown.endswith("stopped among anchors, saved; the same command continues\n")
+            assert shown.endswith("stopped among anchors of step 0, saved; the same "
+                                  "command continues\n")
             assert 0 < file.stat().st_size < (whole / name).stat().st_size
     finish(tiny_model, pairs_file, broken, *D2O)
     assert adapter_hash(whole) == adapter_hash(broken) and logged(whole) == logged(broken)
