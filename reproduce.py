@@ -4,7 +4,7 @@
     python reproduce.py ablation d2o     some of them, each under half an hour
     python reproduce.py --report         only write results/ anew from results/runs.jsonl
 
-1. Data of every shape are drawn from the world, anew for every seed (`DATA`).
+1. Data of every shape are drawn from the world, anew for every seed (shapes.py).
 2. A *cell* is a method on data. Its learning rate is tuned: one run of seed 0 for each of
    LEARNING_RATES, the best E[r] on 12 training prompts wins. No test prompt is asked.
 3. The winner runs with seeds 1 to 5, and is measured on 40 prompts that no run has trained on:
@@ -18,9 +18,7 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -36,77 +34,30 @@ from checkpoint import load_run, write_text
 from data import run_cli
 from eval import agreement, kl, mean_scores, optimum, with_rest, world_logps, world_scores
 from model import load_llama
+from shapes import DATA
 from step import METHODS, Method
 from tokenizer import Tokenizer, encode_dialogue
 from ulma import pointwise_dpo_loss
 from weights import read_json
-from world import (WORLD_FLAGS, answers, base_model, draw_data, ensure_world, held_out_prompts,
-                   question, training_prompts, world_folder, write_jsonl)
+from world import (
+    WORLD_FLAGS,
+    answers,
+    base_model,
+    ensure_world,
+    held_out_prompts,
+    question,
+    training_prompts,
+    world_folder,
+    write_jsonl,
+)
 
-BETA, BATCH, RESPONSES = 0.5, 32, 16 * 152         # 16 labelled answers to each training prompt
+BETA, BATCH = 0.5, 32
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 REWARD_MODEL_EPOCHS, PPO_STEPS = 2, 40
 TUNING_SEED, TUNING_PROMPTS = 0, 12
 
 
-# ---- data ---------------------------------------------------------------------------------------
-
-def neighbours(rows: list[dict], together: int) -> list[dict]:
-    """Rows in an order where `together` rows of a prompt follow each other: they share a tree."""
-    seen, keys = Counter(), []
-    for row in rows:
-        keys.append((seen[row["prompt"]] // together, row["prompt"]))
-        seen[row["prompt"]] += 1
-    return [row for _, row in sorted(zip(keys, rows), key=lambda pair: pair[0])]
-
-
-def dirty(rows: list[dict], share: float, seed: int) -> list[dict]:
-    """Pairs; with probability `share` the chosen answer is a harmful one of the base's instead."""
-    rng, asked = random.Random(seed), {question(*prompt): prompt for prompt in training_prompts()}
-    harmful = {ask: [(text, weight) for text, _, bad, weight in answers(*prompt) if bad]
-               for ask, prompt in asked.items()}
-    return [row | {"chosen": rng.choices(*zip(*harmful[row["prompt"]]))[0]}
-            if rng.random() < share else row for row in rows]
-
-
-def differing_pairs(points: list[dict]) -> list[dict]:
-    """What DPO can learn from points: neighbours (two draws for one prompt) with other labels."""
-    return [{"prompt": a["prompt"], "chosen": (a if a["label"] else b)["completion"],
-             "rejected": (b if a["label"] else a)["completion"]}
-            for a, b in zip(points[::2], points[1::2]) if a["label"] != b["label"]]
-
-
-def many_points(seed: int) -> list[dict]:
-    return draw_data(seed, 8 * RESPONSES)["points"]
-
-
-def balanced(points: list[dict], share: float) -> list[dict]:
-    """The first RESPONSES points of which a given share is good."""
-    good = round(share * RESPONSES)
-    left = {True: good, False: RESPONSES - good}
-    kept = []
-    for row in points:
-        if left[row["label"]]:
-            left[row["label"]] -= 1
-            kept.append(row)
-    return kept
-
-
-DATA = {      # name: seed -> rows
-    "hh":        lambda seed: neighbours(draw_data(seed, RESPONSES)["pairs"], 2),
-    "golden":    lambda seed: neighbours(draw_data(seed, RESPONSES)["golden"], 2),
-    "golden-10": lambda seed: dirty(DATA["golden"](seed), 0.10, seed),
-    "golden-30": lambda seed: dirty(DATA["golden"](seed), 0.30, seed),
-    "qa":        lambda seed: neighbours(draw_data(seed, RESPONSES)["points"], 4),
-    "qa-pairs":  lambda seed: neighbours(differing_pairs(draw_data(seed, RESPONSES)["points"]), 2),
-    "qa-10":     lambda seed: neighbours(balanced(many_points(seed), 0.1), 4),
-    "qa-90":     lambda seed: neighbours(balanced(many_points(seed), 0.9), 4),
-    "red-team":  lambda seed: neighbours(draw_data(seed, RESPONSES)["ratings"], 4),
-    "negatives": lambda seed: [
-        {"prompt": row["prompt"], "completion": row["rejected"], "label": False}
-        for row in DATA["golden"](seed)[:RESPONSES // 4]],
-}
-
+# ---- data ------------------------------------------------------------------------------------
 
 def data_path(name: str, seed: int) -> str:
     """The file of DATA[name](seed), written if it is not there."""

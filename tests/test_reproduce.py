@@ -9,12 +9,23 @@ from torch.testing import assert_close
 import ppo
 import report
 import reproduce
+import shapes
 import train
-from reproduce import (DATA, EXTRA_METHODS, TABLES, Cell, Run, balanced, chosen_distribution,
-                       command, dirty, execute, neighbours, stream_log_z, win_tie_lose)
+from reproduce import (
+    EXTRA_METHODS,
+    TABLES,
+    Cell,
+    Run,
+    chosen_distribution,
+    command,
+    execute,
+    stream_log_z,
+    win_tie_lose,
+)
+from shapes import DATA, RESPONSES, balanced, differing_pairs, dirty, neighbours
 from step import METHODS
 from trees import Tree, build_stream
-from world import answers, question, training_prompts
+from world import answers, draw_data, question, training_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +56,16 @@ def test_dirty_replaces_the_share_of_chosen_answers_by_harmful_ones_and_nothing_
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_balanced_points_have_the_share_of_good_answers(share):
-    points = [{"label": n % 3 == 0} for n in range(12 * reproduce.RESPONSES)]
+    points = [{"label": n % 3 == 0} for n in range(12 * RESPONSES)]
     labels = [row["label"] for row in balanced(points, share)]
-    assert len(labels) == reproduce.RESPONSES
+    assert len(labels) == RESPONSES
     assert sum(labels) / len(labels) == pytest.approx(share, abs=1e-3)
 
 
 def test_pairs_of_points_pair_a_prompts_good_answer_with_its_bad_one():
     points = {(row["prompt"], row["completion"], row["label"]) for row in
-              reproduce.draw_data(2, 400)["points"]}
-    pairs = reproduce.differing_pairs(reproduce.draw_data(2, 400)["points"])
+              draw_data(2, 400)["points"]}
+    pairs = differing_pairs(draw_data(2, 400)["points"])
     assert 40 < len(pairs) < 160
     for row in pairs:
         assert (row["prompt"], row["chosen"], True) in points
@@ -142,7 +153,7 @@ def small_world(tmp_path, tiny_model, monkeypatch):
     """The tiny model in place of the base, two test prompts, 32 answers to learn from."""
     monkeypatch.setattr(reproduce, "base_model", lambda: tiny_model)
     monkeypatch.setattr(reproduce, "world_folder", lambda: str(tmp_path))
-    monkeypatch.setattr(reproduce, "RESPONSES", 32)
+    monkeypatch.setattr(shapes, "RESPONSES", 32)
     monkeypatch.setattr(reproduce, "held_out_prompts", lambda: training_prompts()[40:41])
     reproduce.base_logps.cache_clear()
     threads = torch.get_num_threads()
