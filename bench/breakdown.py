@@ -1,0 +1,138 @@
+"""Where the time of one training step goes, on a CPU, by kind of operation.
+
+    python bench/breakdown.py --dataset test.jsonl.gz --tokenizer tokenizer.model
+
+The step of bench/step.py (Llama D 512, L 8, V 32000, LoRA r 8 on q and v, HH pairs, fp32), on one
+thread, under torch's profiler: each operator's own time, summed over kinds. Beside it what the
+step cannot do without: the floating-point operations of its matrix products and attention, at the
+rate this machine multiplies large matrices in the same process.
+"""
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import Tokenizer, read_hh                                      # noqa: E402
+from lora import add_lora                                                # noqa: E402
+from model import Llama, LlamaConfig                                     # noqa: E402
+from step import METHODS, NEEDS_REFERENCE, adapters_off, backward_batch, batch_counts  # noqa: E402
+from trees import Tree, build_stream, make_trees                         # noqa: E402
+
+KINDS = {      # kind: parts of operator names
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("scaled_dot_product",),
+    "softmax, logs": ("softmax", "logsumexp", "aten::exp", "aten::log", "aten::gather",
+                      "aten::scatter", "aten::max", "aten::amax"),
+    "norms, rotary, SwiGLU, sums": ("aten::mul", "aten::add", "aten::silu", "aten::pow",
+                                    "aten::mean", "aten::rsqrt", "aten::sub", "aten::neg",
+                                    "aten::sum", "aten::div"),
+    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::zero_",
+               "aten::clone")}
+
+
+def make_model() -> Llama:
+    """bench/step.py's model, of random weights, with an adapter whose update is zero."""
+    torch.manual_seed(0)
+    return add_lora(Llama(LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)),
+        r=8, alpha=32, dropout=0.0, target_modules=("q_proj", "v_proj"))
+
+
+def hh_trees(dataset: str, tokenizer: str, pairs: int) -> list[Tree]:
+    records = [record for record in read_hh(dataset) if sorted(record.scores) == [0, 1]]
+    if len(records) < pairs:
+        raise ValueError(f"{dataset}: {len(records)} records with two responses, not {pairs}")
+    return make_trees(records[:pairs], Tokenizer(tokenizer), "all", 4096, 2048)
+
+
+def training_step(model: Llama, method: str, trees: list[Tree]):
+    """Callable: forward and backward of one batch."""
+    return partial(backward_batch, model, partial(adapters_off, model), METHODS[method], trees,
+                   batch_counts(trees), beta=0.1, log_z=0.0, mean_logps=False, reduction="mean",
+                   micro_tokens=1024)
+
+
+def kind_of(operator: str) -> str:
+    return next((kind for kind, parts in KINDS.items()
+                 if any(part in operator for part in parts)), "everything else")
+
+
+def matrix_rate(size: int = 1024, repeats: int = 8) -> float:
+    """FLOP/s of a square product, the best of some: what this thread can do."""
+    a, b = torch.randn(2, size, size)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(seconds)
+
+
+def necessary_flops(model: Llama, method: str, trees) -> float:
+    """Forward 2, backward 2, reference forward 2 per weight and token (frozen weights have no
+    gradient); the same for the head's rows; attention over the pairs a token sees."""
+    config, wanted = model.config, NEEDS_REFERENCE[METHODS[method].reference]
+    weights = sum(layer.weight.numel() for name, layer in model.named_modules()
+                  if name.endswith("_proj"))
+    head, width, total = model.lm_head.weight.numel(), config.hidden_size, 0.0
+    for stream, passes in ((build_stream(trees), 2), (build_stream(trees, wanted=wanted), 1)):
+        if stream is None:
+            continue
+        seen = sum(int(mask.sum()) for _, _, mask in stream.segments)
+        attention = 4 * seen * width * config.num_hidden_layers
+        total += passes * 2 * (weights * len(stream.input_ids) + head * len(stream.labels))
+        total += attention * (3.5 if passes == 2 else 1)       # its backward is 2.5 forwards
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="HH file")
+    parser.add_argument("--tokenizer", required=True, help="Llama's tokenizer.model")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--method", choices=("dpo", "ulma", "pointwise_dpo"), default="dpo")
+    parser.add_argument("--out", default=str(ROOT / "bench/results/breakdown.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, trees = make_model(), hh_trees(args.dataset, args.tokenizer, args.pairs)
+    step = training_step(model, args.method, trees)
+    step()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    rate = matrix_rate()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    spent = {}
+    for event in profile.key_averages():
+        spent[kind_of(event.key)] = (spent.get(kind_of(event.key), 0.0)
+                                     + event.self_cpu_time_total / 1e6)
+    necessary = necessary_flops(model, args.method, trees) / rate
+    tokens = sum(tree.num_tokens for tree in trees)
+    print(f"{args.method}, {args.pairs} HH pairs, {tokens} tokens; a step: {min(seconds):.2f} s "
+          f"(of 3: {', '.join(f'{s:.2f}' for s in seconds)})\n"
+          f"necessary at {rate / 1e9:.0f} GFLOP/s: {necessary:.2f} s, "
+          f"{necessary / min(seconds):.0%} of the step\n")
+    for kind, value in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {kind:30} {value:6.2f} s  {value / sum(spent.values()):5.1%}")
+    result = {"method": args.method, "pairs": args.pairs, "seconds": seconds,
+              "necessary_s": necessary, "matrix_gflops": rate / 1e9, "self_s_by_kind": spent,
+              "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+              "threads": 1, "torch": torch.__version__, "command": " ".join(sys.argv)}
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Does the cost of a pair stay what it is: in larger batches, and on more ranks?
+
+    python bench/scale.py --dataset test.jsonl.gz --tokenizer tokenizer.model
+
+1. Forward and backward of 8, 32, 128 and 512 HH pairs: seconds per pair and per token, on one thread.
+   Nothing is quadratic in the number of trees, so a token's cost should be flat.
+2. 1, 2 and 4 gloo ranks, one thread each, 8 pairs per rank (weak scaling): a whole step with its
+   all-reduce; how many bytes a rank sends into it, beside the size of the adapter.
+
+The model is bench/step.py's. Ranks beyond the machine's cores share them: efficiency is then at
+most cores / ranks, and the table says so.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from breakdown import ROOT, hh_trees, make_model, training_step
+from checkpoint import trainable
+from loop import optimizer_step, set_up_processes
+from trees import shard
+
+SIZES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 32, 128, 512), (1, 2, 4), 8, 3
+
+
+def batch_sizes(args) -> list[dict]:
+    """Seconds per pair and per token of batches of several sizes, interleaved."""
+    model = make_model()
+    batches = {size: hh_trees(args.dataset, args.tokenizer, size) for size in args.sizes}
+    steps = {size: training_step(model, args.method, trees) for size, trees in batches.items()}
+    steps[min(args.sizes)]()                                                # warm up
+    seconds = {size: [] for size in args.sizes}
+    for _ in range(args.repeats):
+        for size, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[size].append(time.perf_counter() - start)
+    rows = []
+    for size, trees in batches.items():
+        tokens, median = sum(tree.num_tokens for tree in trees), statistics.median(seconds[size])
+        rows.append({"pairs": size, "tokens": tokens, "seconds": seconds[size],
+                     "ms_per_pair": 1e3 * median / size, "us_per_token": 1e6 * median / tokens})
+        print(f"  {size:4} pairs  {tokens:7} tokens  {rows[-1]['ms_per_pair']:7.0f} ms a pair  "
+              f"{rows[-1]['us_per_token']:6.0f} us a token", flush=True)
+    return rows
+
+
+def one_rank(args) -> None:
+    """What every process of `torchrun` does: whole steps on its share; rank 0 prints the result."""
+    torch.set_num_threads(1)
+    rank, world_size, _ = set_up_processes()
+    model, sent = make_model(), []
+    trees = hh_trees(args.dataset, args.tokenizer, PAIRS_PER_RANK * world_size)
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    if world_size > 1:
+        reduce = dist.all_reduce
+        dist.all_reduce = lambda t: (sent.append(t.numel() * t.element_size()), reduce(t))
+    step = training_step(model, args.method, shard(trees, world_size)[rank])
+    seconds = []
+    for _ in range(1 + args.repeats):
+        start = time.perf_counter()
+        optimizer_step(optimizer, parameters, step(), 1.0, "bench")
+        seconds.append(time.perf_counter() - start)
+    if rank == 0:
+        print(json.dumps({"seconds": seconds[1:], "sent_bytes_per_step": sent[0] if sent else 0,
+                          "adapter_bytes": sum(p.numel() * 4 for p in parameters)}))
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def ranks(args) -> list[dict]:
+    rows, environment = [], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for count in args.ranks:
+        launcher = [sys.executable] if count == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={count}"]
+        run = subprocess.run([*launcher, __file__, "--worker", "--dataset", args.dataset,
+                              "--tokenizer", args.tokenizer, "--method", args.method, "--repeats",
+                              str(args.repeats)], env=environment, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        row = {"ranks": count} | json.loads(run.stdout.splitlines()[-1])
+        median = statistics.median(row["seconds"])
+        rows.append(row | {"efficiency": statistics.median(rows[0]["seconds"]) / median if rows
+                           else 1.0})
+        print(f"  {count} ranks  {median:6.2f} s a step  efficiency {rows[-1]['efficiency']:.2f} "
+              f"(cores / ranks {min(1.0, os.cpu_count() / count):.2f})  a rank sends "
+              f"{row['sent_bytes_per_step']:,} bytes; the adapter has {row['adapter_bytes']:,}",
+              flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="HH file")
+    parser.add_argument("--tokenizer", required=True, help="Llama's tokenizer.model")
+    parser.add_argument("--method", choices=("dpo", "ulma", "pointwise_dpo"), default="dpo")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--out", default=str(ROOT / "bench/results/scale.json"))
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return one_rank(args)
+    torch.set_num_threads(1)
+    result = {"batch_sizes": batch_sizes(args), "ranks": ranks(args), "method": args.method,
+              "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+              "torch": torch.__version__, "command": " ".join(sys.argv)}
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
