@@ -2,7 +2,7 @@
 
     python bench/scale.py --dataset test.jsonl.gz --tokenizer tokenizer.model
 
-1. Forward and backward of 8, 32, 128 and 512 HH pairs: seconds per pair and per token, on one thread.
+1. Forward and backward of 8, 32, 128 and 512 HH pairs, on one thread: seconds per pair and token.
    Nothing is quadratic in the number of trees, so a token's cost should be flat.
 2. 1, 2 and 4 gloo ranks, one thread each, 8 pairs per rank (weak scaling): a whole step with its
    all-reduce; how many bytes a rank sends into it, beside the size of the adapter.

@@ -3,7 +3,9 @@ import hashlib
 import json
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -114,6 +116,26 @@ def test_one_two_and_three_ranks_log_the_same_numbers(tmp_path, tiny_model, pair
             assert line.keys() == expected.keys()
             for key, value in expected.items():
                 assert line[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
+
+
+def test_two_machines_are_two_ranks(tmp_path, tiny_model, pairs_file):
+    # Two torchruns of one process each meet at an address, as on two machines with a common disk.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = flags_of(tiny_model, pairs_file, tmp_path / "two", "--method", "ulma", "--max_steps", 4)
+    machines = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+         "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", *map(str, flags)],
+        cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=120)
+        assert machine.returncode == 0, errors
+    finish(tiny_model, pairs_file, tmp_path / "one", "--method", "ulma", "--max_steps", 4)
+    for line, expected in zip(logged(tmp_path / "two", "tokens"),
+                              logged(tmp_path / "one", "tokens"), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4, abs=2e-6)
 
 
 def test_the_same_command_twice_gives_the_same_bits_and_bf16_and_full_weights_run(
