@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import judge
-from checkpoint import load_run, write_text
+from checkpoint import load_run, read_run, write_text
 from data import Record, Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
 from heatmap import page, print_responses, responses_of
 from intervals import bootstrap, wins
@@ -299,6 +299,8 @@ def evaluate_runs(paths: list[str], dataset: str | None, asked_beta: float | Non
                   json_file: str | None) -> None:
     """Print what every run is worth: one table for those on the world, a list for each other."""
     policies, asked, reference = {}, held_out_prompts(), None
+    if json_file and not any(on_world(read_run(path), dataset) for path in paths):
+        raise ValueError("--json writes the world's table, and none of these runs is measured there")
     for path in paths:
         model, reference_of, flags = load_run(path)
         beta = flags["beta"] if asked_beta is None else asked_beta

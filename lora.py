@@ -249,6 +249,15 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     config = read_json(file)
     if missing := {"peft_type", "r", "lora_alpha", "target_modules"} - set(config):
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
+    targets = config["target_modules"]
+    names = [targets] if isinstance(targets, str) else targets
+    fits = {"r": type(config["r"]) is int and config["r"] > 0,
+            "lora_alpha": type(config["lora_alpha"]) in (int, float),
+            "target_modules": isinstance(names, list) and all(isinstance(n, str) for n in names),
+            "modules_to_save": isinstance(config.get("modules_to_save") or [], list)}
+    if bad := [f"{key} is {config.get(key)!r}" for key in fits if not fits[key]]:
+        raise ValueError(f"{file}: {', '.join(bad)}; PEFT writes an integer r, a number lora_alpha, "
+                         "names or a pattern in target_modules, a list in modules_to_save")
     wrong = [f"{key} = {value!r}" for key, value in config.items()
              if key not in {*INERT_KEYS, "modules_to_save"}
              and value not in (None, False, {}, [], *PLAIN_KEYS.get(key, ()))]

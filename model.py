@@ -364,7 +364,7 @@ def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu
                 for i in range(len(model.model.layers))} | ({"lm_head.weight"} if tied else set())
     if problems := misfits(files, expected, optional):
         raise ValueError(f"{path}: weights do not fit config.json: " + "; ".join(problems))
-    tensors = {name: tensor.to(device=device, dtype=dtype)
+    tensors = {name: tensor.to(device=device, dtype=dtype).contiguous()
                for name, tensor in read_files(files) if name in expected}
     if tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

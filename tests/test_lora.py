@@ -489,6 +489,11 @@ def test_a_misfit_leaves_existing_adapters_alone(tmp_path):
     ({"an_idea_of_2027": 1}, "not an_idea_of_2027 = 1"),
     ({"target_modules": "("}, r"target_modules '\(': missing \), unterminated subpattern"),
     ({"target_modules": ".*c_attn"}, r"no linear layer is called \.\*c_attn; there are"),
+    ({"r": "8"}, "adapter_config.json: r is '8'; PEFT writes an integer r"),
+    ({"r": 0, "lora_alpha": None}, "r is 0, lora_alpha is None; PEFT writes"),
+    ({"target_modules": 3}, "target_modules is 3; PEFT writes"),
+    ({"target_modules": [1]}, r"target_modules is \[1\]; PEFT writes"),
+    ({"modules_to_save": 1}, "modules_to_save is 1; PEFT writes"),
     ({"r": "drop", "peft_type": "drop"}, "adapter_config.json: missing peft_type, r"),
     ({"target_modules": ["c_attn"]}, "no linear layer is called c_attn"),
 ])

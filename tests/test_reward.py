@@ -234,3 +234,6 @@ def test_a_reward_model_judges_generations(tmp_path, tiny_model, pairs_file, mon
     monkeypatch.setattr(sys, "argv", ["eval.py", "--heatmap", "rm", "--dataset", str(pairs_file)])
     with pytest.raises(ValueError, match="rm is a reward model; --heatmap colours"):
         evaluate.main()
+    sys.argv[1:] = ["rm", "--dataset", str(pairs_file), "--json", "table.json"]
+    with pytest.raises(ValueError, match="--json writes the world's table, and none of these"):
+        evaluate.main()

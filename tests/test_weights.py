@@ -142,6 +142,17 @@ def test_bin_files_load_to_the_bit(config, options, tmp_path):
     assert_same_model(load_llama(path), model.float())
 
 
+def test_a_weight_that_was_saved_transposed_loads_contiguous(tmp_path):
+    # torch.save keeps strides; kernels/ take rows that lie one after the other.
+    model, path = saved(tmp_path, GQA, torch.float32, "bin")
+    file = next(file for file in weight_files(path) if file.endswith(".bin"))
+    state = torch.load(file, weights_only=True)
+    state["lm_head.weight"] = state["lm_head.weight"].T.contiguous().T
+    torch.save(state, file)
+    assert load_llama(path).lm_head.weight.is_contiguous()
+    assert_same_model(load_llama(path), model)
+
+
 def test_one_file_saved_over_shards_is_what_loads(tmp_path):
     # An index left behind by an earlier, sharded save still names the old shards: without its
     # removal the folder loads the old weights and says nothing.
