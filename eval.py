@@ -300,7 +300,7 @@ def evaluate_runs(paths: list[str], dataset: str | None, asked_beta: float | Non
     """Print what every run is worth: one table for those on the world, a list for each other."""
     policies, asked, reference = {}, held_out_prompts(), None
     if json_file and not any(on_world(read_run(path), dataset) for path in paths):
-        raise ValueError("--json writes the world's table, and none of these runs is measured there")
+        raise ValueError("--json writes the world's table, and none of these runs was on the world")
     for path in paths:
         model, reference_of, flags = load_run(path)
         beta = flags["beta"] if asked_beta is None else asked_beta

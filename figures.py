@@ -42,8 +42,12 @@ def draw_wins(plt, cells: dict, bounds: dict, label):
     """Stacked bars: win, tie, lose of an answer against the data's chosen one."""
     names = ("unlearning", "unlikelihood", "sft", "dpo", "pointwise_dpo", "ulma", "rlhf",
              "pointwise_rlhf")[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for axis, data, title in zip(axes, ("hh", "golden"), ("HH-like pairs", "golden pairs")):
+    panels = [(data, title) for data, title in (("hh", "HH-like pairs"), ("golden", "golden pairs"))
+              if (data, "ulma") in cells]
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4.5 * len(panels), 4.2), sharey=True,
+                                squeeze=False)
+    axes = axes[0]
+    for axis, (data, title) in zip(axes, panels):
         for place, name in enumerate(names):
             if (data, name) not in cells:
                 continue

@@ -92,7 +92,7 @@ def reference_key(trees: list[Tree], base: str, sft_adapter: str | None, *number
 def keep_reference(output_dir: str, key: str, reference, trees: list[Tree], which: str,
                    mean: bool, micro_tokens: int, linear_logps, rank: int, world_size: int,
                    stop) -> list[Tree]:
-    """The trees with reference_logps: from the file beside the runs, else computed, then left there.
+    """The trees with reference_logps: from the file beside the runs, else computed, and left there.
 
     key     see `reference_key`
     which   responses that need a reference, see step.NEEDS_REFERENCE; the others get 0

@@ -171,8 +171,8 @@ def label(cell: Cell) -> str:
     if method.endswith("_z"):
         flags, method = [f"Z={method.split('_')[2]}"], "pointwise_dpo"
     given = [flag.split("=") for flag in flags if not flag.startswith("anchor_tokens")]
-    shown = [SHOWN_FLAGS.get(name, name + " {}").format(value) for name, value in given]
-    return ", ".join([LABEL.get(method, method), *shown])
+    return ", ".join([LABEL.get(method, method), *(
+        SHOWN_FLAGS.get(name, name + " {}").format(value) for name, value in given)])
 
 
 SCORES = {"main": ("E[r]", "harmful", "off-world", "KL(pi||ref)", "perplexity"),
@@ -216,6 +216,11 @@ CAVEAT = {
                 "those tuned at beta 0.5 and one epoch; 3 seeds where swept."}
 
 
+def shown(score: str) -> str:
+    """A score's name where | would end a table's cell."""
+    return score.replace("||", "‖")
+
+
 def number(mean: float, half: float) -> str:
     digits = 2 if abs(mean) >= 1 or half >= 0.1 else 3
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
@@ -225,7 +230,7 @@ def table(name: str, group: list[Cell], cells: dict, bounds: dict) -> str:
     lines = [f"# {TITLE[name]}\n", CAVEAT[name] + "\n"]
     for kind in TABLE_SCORES[name]:
         scores = SCORES[kind]
-        lines += ["| data | method | " + " | ".join(scores) + " | rate |",
+        lines += ["| data | method | " + " | ".join(map(shown, scores)) + " | learning rate |",
                   "|---" * (len(scores) + 3) + "|"]
         for cell in dict.fromkeys(group):
             if cell not in cells:
@@ -251,9 +256,9 @@ MEANING = """
 E[r]: true reward in nats, off-world mass counting as the worst answer. harmful, good: mass on
 harmful answers and on those with positive reward. off-world: mass on no valid answer. perplexity:
 per token, of the best answer. win/tie/lose: against the data's chosen answer, and the base's.
-objective: E[r] - 0.5 KL(pi||ref). calibration error: mean of |sigma(h) - sigma(r*)| under the base,
+objective: E[r] - 0.5 KL(pi‖ref). calibration error: mean of |sigma(h) - sigma(r*)| under the base,
 h = beta log(pi/pi_ref). reward slope: of h on r*, 1 is ideal. reward accuracy: share of pairs of
-answers that h orders as r* does. rate: the tuned learning rate."""
+answers that h orders as r* does. The base and pi* stand against pairs' chosen answers."""
 
 
 def claims_table(cells: dict) -> tuple[list[str], dict[str, int]]:
@@ -266,7 +271,7 @@ def claims_table(cells: dict) -> tuple[list[str], dict[str, int]]:
         counts[verdict] += 1
         data = " against ".join(dict.fromkeys(DATA_LABEL[cell[0]] for cell in
                                               (claim.better, claim.worse)))
-        lines.append(f"| {claim.source} | {claim.words} | {data} | {claim.score} | "
+        lines.append(f"| {claim.source} | {claim.words} | {data} | {shown(claim.score)} | "
                      f"{number(mean, half)} | **{verdict}** |")
     return lines, counts
 
@@ -283,7 +288,8 @@ def write(out: str, tables: dict[str, list[Cell]]) -> None:
     lines, counts = claims_table(cells)
     text = [HEAD.format(runs=len(read_rows(out)), torch=bounds["torch"], python=bounds["python"],
                         total=sum(counts.values()), **counts), *lines, "", "## Tables\n",
-            *(f"- [{TITLE[name]}]({name}.md)" for name in done), "", "## Figures\n",
+            *(f"- [{TITLE[name]}]({name}.md)" + ("" if name in complete else " (not complete)")
+              for name in done), "", "## Figures\n",
             *(f"![{caption}]({file})\n\n{caption}\n" for file, caption in drawn)]
     write_text(os.path.join(out, "README.md"), "\n".join(text))
     print(f"{out}/README.md: {len(complete)} of {len(tables)} tables complete, {len(drawn)} "
