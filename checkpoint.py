@@ -56,10 +56,11 @@ def write_folder(path: str, write) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as stream:
+    temporary = f"{path}.{os.getpid()}.tmp"             # two processes may write the same file
+    with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
-    _flush(path + ".tmp")
-    os.rename(path + ".tmp", path)
+    _flush(temporary)
+    os.replace(temporary, path)
 
 
 # ---- the output folder --------------------------------------------------------------------------

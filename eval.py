@@ -299,7 +299,9 @@ def evaluate_runs(paths: list[str], dataset: str | None, asked_beta: float | Non
                   json_file: str | None) -> None:
     """Print what every run is worth: one table for those on the world, a list for each other."""
     policies, asked, reference = {}, held_out_prompts(), None
-    if json_file and not any(on_world(read_run(path), dataset) for path in paths):
+    tabled = (flags for flags in map(read_run, paths) if on_world(flags, dataset)
+              and not flags["method"].endswith("reward_model"))
+    if json_file and not any(tabled):
         raise ValueError("--json writes the world's table, and none of these runs was on the world")
     for path in paths:
         model, reference_of, flags = load_run(path)

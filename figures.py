@@ -11,8 +11,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, BLACK = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 STYLE = {"ulma": (VERMILION, "o"), "pointwise_dpo": (BLUE, "s"), "dpo": (GREEN, "^"),
          "sft": (ORANGE, "D"), "rlhf": (PURPLE, "v"), "pointwise_rlhf": (SKY, "P"),
-         "unlikelihood": (YELLOW, "X"), "unlearning": (BLACK, "*"), "negative_dpo": (SKY, "P"),
-         "d2o": (PURPLE, "v")}
+         "unlikelihood": (YELLOW, "X"), "unlearning": (BLACK, "*"), "d2o": (PURPLE, "v"),
+         "positive_dpo": ("#999999", "<"), "negative_dpo": ("#999999", ">")}
 
 
 def pyplot():
@@ -31,11 +31,8 @@ def pyplot():
 
 
 def stat(cells: dict, cell: tuple, score: str) -> tuple[float, float]:
+    """(mean, half-width of the 95 % interval) of a cell's score over its seeds."""
     return seed_interval([row[score] for row in cells[cell].values()])
-
-
-def methods_of(cells: dict, data: str, names) -> list[tuple]:
-    return [("qa-pairs" if (data, name) == ("qa", "dpo") else data, name) for name in names]
 
 
 def draw_wins(plt, cells: dict, bounds: dict, label):
@@ -148,15 +145,14 @@ def draw_calibration(plt, cells: dict, bounds: dict, label):
              ("qa", "pointwise_dpo_exact_z"), ("qa", "ulma"), ("red-team", "pointwise_mse"),
              ("red-team", "ulma_mse")][::-1]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
-    for axis, score, ideal in zip(axes, ("reward accuracy", "reward slope", "calibration error"),
-                                  (1, 1, 0)):
+    for axis, score in zip(axes, ("reward accuracy", "reward slope", "calibration error")):
         for place, cell in enumerate(shown):
             mean, half = stat(cells, cell, score)
             family = next(name for name in ("ulma", "pointwise", "dpo") if cell[1].startswith(name))
             colour, marker = STYLE["pointwise_dpo" if family == "pointwise" else family]
             axis.errorbar(mean, place, xerr=half, color=colour, marker=marker, capsize=3)
-        axis.axvline(ideal, color="black", linestyle="--", linewidth=1)
-        axis.set_xlabel(f"{score} (ideal: {ideal})")
+        axis.axvline(bounds["pi* beta=0.5"][score], color="black", linestyle="--", linewidth=1)
+        axis.set_xlabel(f"{score} (dashed: pi*)")
     axes[0].set_yticks(range(len(shown)), [f"{label(cell)} ({cell[0]})" for cell in shown])
     return figure
 

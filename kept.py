@@ -83,10 +83,12 @@ def reference_key(trees: list[Tree], base: str, sft_adapter: str | None, *number
     """
     weights = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
                      for entry in os.scandir(base) if entry.is_file())
-    adapter = sft_adapter and sha256(os.path.join(sft_adapter, "adapter_model.safetensors"))
-    ids = [[tree.prompt_ids, tree.response_ids, tree.scores] for tree in trees]
-    text = json.dumps([ids, weights, adapter, *numbers])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    adapter = [sha256(os.path.join(sft_adapter, name)) for name in (
+        "adapter_config.json", "adapter_model.safetensors")] if sft_adapter else None
+    digest = hashlib.sha256(json.dumps([weights, adapter, *numbers]).encode())
+    for tree in trees:
+        digest.update(json.dumps([tree.prompt_ids, tree.response_ids, tree.scores]).encode())
+    return gather(digest.hexdigest()[:16])[0]       # rank 0's: another machine's files are younger
 
 
 def keep_reference(output_dir: str, key: str, reference, trees: list[Tree], which: str,
@@ -103,7 +105,7 @@ def keep_reference(output_dir: str, key: str, reference, trees: list[Tree], whic
     unfinished = os.path.join(output_dir, name)
     if not gather(os.path.isfile(kept))[0]:
         numbers = iter(range(len(trees)))
-        batches = [[next(numbers) for _ in group] for group in pack(trees, micro_tokens)]
+        batches = [[next(numbers) for _ in group] for group in pack(trees, 8 * micro_tokens)]
 
         def rows_of(batch):
             logps = reference_logps(reference, [trees[n] for n in batch],

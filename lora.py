@@ -256,8 +256,8 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
             "target_modules": isinstance(names, list) and all(isinstance(n, str) for n in names),
             "modules_to_save": isinstance(config.get("modules_to_save") or [], list)}
     if bad := [f"{key} is {config.get(key)!r}" for key in fits if not fits[key]]:
-        raise ValueError(f"{file}: {', '.join(bad)}; PEFT writes an integer r, a number lora_alpha, "
-                         "names or a pattern target_modules, a list modules_to_save")
+        raise ValueError(f"{file}: {', '.join(bad)}; PEFT writes an integer r, a number "
+                         "lora_alpha, names or a pattern target_modules, a list modules_to_save")
     wrong = [f"{key} = {value!r}" for key, value in config.items()
              if key not in {*INERT_KEYS, "modules_to_save"}
              and value not in (None, False, {}, [], *PLAIN_KEYS.get(key, ()))]

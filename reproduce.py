@@ -1,14 +1,15 @@
 """Every method of both papers on the embedded world: the papers' claims as hypotheses.
 
-    python reproduce.py                  all tables (make reproduce); about two hours on two cores
+    python reproduce.py                  all tables (make reproduce); about three hours on two cores
     python reproduce.py ablation d2o     some of them, each under half an hour
     python reproduce.py --report         only write results/ anew from results/runs.jsonl
 
 1. Data of every shape are drawn from the world, anew for every seed (shapes.py).
 2. A *cell* is a method on data. Its learning rate is tuned: one run of seed 0 for each of
    LEARNING_RATES, the best E[r] on 12 training prompts wins. No test prompt is asked.
-3. The winner runs with seeds 1 to 5, and is measured on 40 prompts that no run has trained on:
-   exactly, over all valid answers (eval.py); nothing is sampled, no judge is asked.
+3. The winner runs with seeds 1 to 5, and is measured on 40 prompts that no objective has trained on
+   (the base has seen them): exactly, over all valid answers (eval.py); nothing is sampled, no judge
+   is asked.
 4. report.py compares cells seed by seed, and writes tables, figures and verdicts.
 
 A run that is done is not done again: kill this and start it as often as you like. Every run is one
@@ -16,13 +17,18 @@ call of train.py or ppo.py on one thread, so its numbers do not depend on --work
 """
 import argparse
 import contextlib
+import hashlib
 import json
+import math
 import os
+import shutil
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
 
 import torch
 from torch import Tensor
@@ -34,24 +40,15 @@ from checkpoint import load_run, write_text
 from data import run_cli
 from eval import agreement, kl, mean_scores, optimum, with_rest, world_logps, world_scores
 from model import load_llama
-from shapes import DATA
-from step import METHODS, Method
-from tokenizer import Tokenizer, encode_dialogue
-from ulma import pointwise_dpo_loss
+from offsets import EXTRA_METHODS, outcome_rewards
+from shapes import DATA, RESPONSES
+from step import METHODS
+from tokenizer import Tokenizer
 from weights import read_json
-from world import (
-    WORLD_FLAGS,
-    answers,
-    base_model,
-    ensure_world,
-    held_out_prompts,
-    question,
-    training_prompts,
-    world_folder,
-    write_jsonl,
-)
+from world import (WORLD_FLAGS, answers, base_model, ensure_world, held_out_prompts,
+                   training_prompts, world_folder, write_jsonl)
 
-BETA, BATCH = 0.5, 32
+BETA, BATCH = WORLD_FLAGS["beta"], 32
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 REWARD_MODEL_EPOCHS, PPO_STEPS = 2, 40
 TUNING_SEED, TUNING_PROMPTS = 0, 12
@@ -59,61 +56,19 @@ TUNING_SEED, TUNING_PROMPTS = 0, 12
 
 # ---- data ------------------------------------------------------------------------------------
 
+def work_folder() -> str:
+    """Where the runs are: elsewhere with other settings, so that old ones are not taken for new."""
+    settings = repr((BETA, BATCH, RESPONSES, REWARD_MODEL_EPOCHS, PPO_STEPS)).encode()
+    return os.path.join(world_folder(), "reproduce-" + hashlib.sha256(settings).hexdigest()[:8])
+
+
 def data_path(name: str, seed: int) -> str:
     """The file of DATA[name](seed), written if it is not there."""
-    path = os.path.join(world_folder(), "reproduce", "data", f"{name}-{seed}.jsonl")
+    path = os.path.join(work_folder(), "data", f"{name}-{seed}.jsonl")
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_jsonl(path, DATA[name](seed))
     return path
-
-
-# ---- what Z(x) = 1 leaves out -------------------------------------------------------------------
-
-@cache
-def exact_log_z() -> dict[tuple, float]:
-    """{prompt ids: beta log Z(x)} of the training prompts, under the true reward."""
-    tokenizer, path = Tokenizer(base_model()), os.path.join(world_folder(), "log_z.json")
-    if not os.path.isfile(path):
-        asked = training_prompts()
-        logps, _ = world_logps(load_llama(base_model()), tokenizer, asked)
-        write_text(path, json.dumps([optimum(with_rest(row), outcome_rewards(prompt), BETA)[1]
-                                     for row, prompt in zip(logps, asked)]))
-    with open(path, encoding="utf-8") as stream:
-        values = json.load(stream)
-    return {tuple(encode_dialogue(tokenizer, [("Human", question(*prompt))])[0]): value
-            for prompt, value in zip(training_prompts(), values)}
-
-
-def stream_log_z(stream) -> Tensor:
-    """beta log Z(x) of every response's prompt: [R]"""
-    known, values = exact_log_z(), []
-    first = stream.response_ids.bincount(minlength=len(stream.scores)).cumsum(0).roll(1)
-    first[0] = 0                                 # scored position of a response's first token
-    for tree in stream.tree_ids[stream.predict_from[first]].tolist():
-        prompt = (stream.tree_ids == tree) & (stream.branch_ids == 0)
-        values.append(known[tuple(stream.input_ids[prompt].tolist())])
-    return torch.tensor(values)
-
-
-def mean_log_z() -> float:
-    values = exact_log_z().values()
-    return sum(values) / len(values)
-
-
-def batch_log_z(p: Tensor, r: Tensor, beta: float) -> Tensor:
-    """Minus the batch's mean reward, as BCO's shift, without its running average: []"""
-    return -beta * (p - r).detach().mean()
-
-
-EXTRA_METHODS = {
-    "pointwise_dpo_exact_z": Method("all", "all", lambda p, r, s, b, c: pointwise_dpo_loss(
-        p, r, s.scores, b, stream_log_z(s))),
-    "pointwise_dpo_constant_z": Method("all", "all", lambda p, r, s, b, c: pointwise_dpo_loss(
-        p, r, s.scores, b, mean_log_z())),
-    "pointwise_dpo_batch_z": Method("all", "all", lambda p, r, s, b, c: pointwise_dpo_loss(
-        p, r, s.scores, b, batch_log_z(p, r, b))),
-}
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -140,13 +95,12 @@ class Run:
 
     @property
     def folder(self) -> str:
-        return os.path.join(world_folder(), "reproduce", self.cell.data,
-                            self.cell.name.replace(" ", ","),
+        return os.path.join(work_folder(), self.cell.data, self.cell.name.replace(" ", ","),
                             f"lr{self.learning_rate:g}-seed{self.seed}")
 
     def row(self) -> dict:
         return {"data": self.cell.data, "method": self.cell.name, "seed": self.seed,
-                "learning_rate": self.learning_rate}
+                "learning_rate": self.learning_rate, "runs": work_folder()}
 
 
 def reward_model_of(run: Run) -> Run:
@@ -169,20 +123,29 @@ def command(run: Run) -> tuple:
                  "lora_target_modules": " ".join(WORLD_FLAGS["lora_target_modules"])} | flags
         main = train.main
     return main, [part for name, value in flags.items()
-                  for part in (f"--{name}", *str(value).split(" "))] + ["--overwrite_output_dir"]
+                  for part in (f"--{name}", *str(value).split(" "))]
 
 
 def execute(run: Run) -> dict:
-    """Train and measure one run, unless that was done; returns its scores."""
+    """Train and measure one run, unless that was done; returns its scores.
+
+    A rate too large to train at (a loss that is not finite) is the worst of its cell.
+    """
     torch.set_num_threads(1)
     METHODS.update(EXTRA_METHODS)
     path = os.path.join(run.folder, "scores.json")
     if os.path.isfile(path):
         return read_json(path)
+    shutil.rmtree(run.folder, ignore_errors=True)            # what a kill left of it
     os.makedirs(os.path.dirname(run.folder), exist_ok=True)
     with open(run.folder + ".log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         main, argv = command(run)
-        main(argv)
+        try:
+            main(argv)
+        except FloatingPointError:
+            if run.seed != TUNING_SEED:
+                raise
+            return {"E[r]": -math.inf}
     scores = {} if run.cell.method.endswith("reward_model") else measure(run)
     write_text(path, json.dumps(scores, indent=2))
     return scores
@@ -195,12 +158,6 @@ def base_logps(tuning: bool):
     """(prompts, log π_ref [X, Y], lengths [X, Y]) of the prompts that tuning, or a test, asks."""
     asked = training_prompts()[:TUNING_PROMPTS] if tuning else held_out_prompts()
     return asked, *world_logps(load_llama(base_model()), Tokenizer(base_model()), asked)
-
-
-def outcome_rewards(prompt) -> Tensor:
-    """r* of every valid answer, and of all else, which earns the worst: [Y + 1] float64."""
-    rewards = [reward for _, reward, *_ in answers(*prompt)]
-    return torch.tensor([*rewards, min(rewards)], dtype=torch.float64)
 
 
 def win_tie_lose(policy: Tensor, other: Tensor, rewards: Tensor, name: str) -> dict[str, float]:
@@ -216,7 +173,8 @@ def win_tie_lose(policy: Tensor, other: Tensor, rewards: Tensor, name: str) -> d
 
 
 def chosen_distribution(prompt, golden: bool) -> Tensor:
-    """log-probs of the data's chosen answer: the preferred of two draws, or the best: [Y + 1]"""
+    """log-probs of the data's chosen answer: of two draws (here they may be equal) the preferred
+    one, or the best: [Y + 1]"""
     rewards = outcome_rewards(prompt)[:-1]
     if golden:
         probs = torch.zeros_like(rewards)
@@ -257,16 +215,16 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def bounds() -> dict[str, dict]:
-    """Scores of the base and of the optimum pi* for several beta, on the test prompts."""
+    """Scores of the base and of the optimum pi* for several beta, on the test prompts; those called
+    "golden …" meet golden chosen answers."""
     asked, reference, lengths = base_logps(False)
-    rows = {"base": mean_scores([prompt_scores(*row, False) for row in
-                                 zip(asked, reference, reference, lengths)])}
+    rows = {"base": reference}
     for beta in (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10):
-        best = [optimum(with_rest(ref), outcome_rewards(prompt), beta)[0][:-1]
-                for prompt, ref in zip(asked, reference)]
-        rows[f"pi* beta={beta:g}"] = mean_scores([prompt_scores(*row, False) for row in
-                                                  zip(asked, best, reference, lengths)])
-    return rows
+        rows[f"pi* beta={beta:g}"] = [optimum(with_rest(ref), outcome_rewards(prompt), beta)[0][:-1]
+                                      for prompt, ref in zip(asked, reference)]
+    return {prefix + name: mean_scores([prompt_scores(*row, prefix == "golden ") for row in
+                                        zip(asked, policy, reference, lengths)])
+            for name, policy in rows.items() for prefix in ("", "golden ")}
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -318,21 +276,37 @@ TABLES = {
 
 # ---- the schedule -------------------------------------------------------------------------------
 
+def die_with_parent() -> None:
+    """In a worker: end when the process that started it has ended, however it did."""
+    def wait():
+        wait_for([parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class Progress:
     """Runs batches of runs on worker processes, and says how far it is."""
 
     def __init__(self, workers: int):
         os.environ["OMP_NUM_THREADS"] = "1"             # read by torch in the children
-        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"),
+                                        initializer=die_with_parent)
         self.total = self.done = self.fresh = 0
         self.start = time.perf_counter()
 
     def scores(self, runs: list[Run]) -> dict[Run, dict]:
         """The scores of these runs; those that are on disk already cost nothing."""
         todo = [run for run in runs if not os.path.isfile(os.path.join(run.folder, "scores.json"))]
+        self.done += len(runs) - len(todo)
         futures = {self.pool.submit(execute, run): run for run in todo}
+        found = {}
         for future in as_completed(futures):
-            run, scores = futures[future], future.result()
+            try:
+                run, scores = futures[future], future.result()
+            except BaseException:                       # also Ctrl-C: start nothing more
+                self.pool.shutdown(cancel_futures=True)
+                raise
+            found[run] = scores
             self.done, self.fresh = self.done + 1, self.fresh + 1
             seconds = time.perf_counter() - self.start
             left = int(seconds / self.fresh * max(0, self.total - self.done))
@@ -340,8 +314,7 @@ class Progress:
                   f"lr {run.learning_rate:<6g} seed {run.seed}  "
                   + (f"E[r] {scores['E[r]']:+.2f}" if scores else "").ljust(12)
                   + f"  {left // 60}:{left % 60:02} left", flush=True)
-        self.done += len(runs) - len(todo)
-        return {run: execute(run) for run in runs}
+        return {run: found[run] if run in found else execute(run) for run in runs}
 
 
 def all_runs(wanted: list[Cell], progress: Progress) -> list[dict]:
@@ -354,8 +327,12 @@ def all_runs(wanted: list[Cell], progress: Progress) -> list[dict]:
     progress.total = len(reward_models) + len(trials) + len(seeds)
     progress.scores(reward_models)
     tried = progress.scores(trials)
-    best = {cell: max(LEARNING_RATES, key=lambda rate: tried[Run(cell, rate, TUNING_SEED)]["E[r]"])
-            for cell in tuned}
+
+    def tuning_score(cell, rate):
+        reward = tried[Run(cell, rate, TUNING_SEED)]["E[r]"]
+        return -math.inf if math.isnan(reward) else reward
+
+    best = {cell: max(LEARNING_RATES, key=partial(tuning_score, cell)) for cell in tuned}
     finished = progress.scores([Run(run.cell, best[run.cell.tuned_as or run.cell], run.seed)
                                 for run in seeds])
     return [run.row() | scores for run, scores in (tried | finished).items()]

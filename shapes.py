@@ -21,9 +21,9 @@ def neighbours(rows: list[dict], together: int) -> list[dict]:
 
 def dirty(rows: list[dict], share: float, seed: int) -> list[dict]:
     """Pairs; with probability `share` the chosen answer is a harmful one of the base's instead."""
-    rng, asked = random.Random(seed), {question(*prompt): prompt for prompt in training_prompts()}
-    harmful = {ask: [(text, weight) for text, _, bad, weight in answers(*prompt) if bad]
-               for ask, prompt in asked.items()}
+    rng = random.Random(f"dirty-{seed}")
+    harmful = {question(*prompt): [(text, weight) for text, _, bad, weight in answers(*prompt)
+                                   if bad] for prompt in training_prompts()}
     return [row | {"chosen": rng.choices(*zip(*harmful[row["prompt"]]))[0]}
             if rng.random() < share else row for row in rows]
 

@@ -30,7 +30,7 @@ from trees import Tree, build_stream, make_trees                         # noqa:
 KINDS = {      # kind: parts of operator names
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("scaled_dot_product",),
-    "softmax, logs": ("softmax", "logsumexp", "aten::exp", "aten::log", "aten::gather",
+    "softmax, logs": ("softmax", "logsumexp", "aten::exp_", "aten::log", "aten::gather",
                       "aten::scatter", "aten::max", "aten::amax"),
     "norms, rotary, SwiGLU, sums": ("aten::mul", "aten::add", "aten::silu", "aten::pow",
                                     "aten::mean", "aten::rsqrt", "aten::sub", "aten::neg",

@@ -4,8 +4,8 @@
 
 1. Forward and backward of 8, 32, 128 and 512 HH pairs, on one thread: seconds per pair and token.
    Nothing is quadratic in the number of trees, so a token's cost should be flat.
-2. 1, 2 and 4 gloo ranks, one thread each, 8 pairs per rank (weak scaling): a whole step with its
-   all-reduce; how many bytes a rank sends into it, beside the size of the adapter.
+2. 1, 2 and 4 gloo ranks, one thread each, the same 8 pairs on each (weak scaling): a whole step
+   with its all-reduce; how many bytes it reduces, beside the size of the adapter.
 
 The model is bench/step.py's. Ranks beyond the machine's cores share them: efficiency is then at
 most cores / ranks, and the table says so.
@@ -22,11 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from breakdown import ROOT, hh_trees, make_model, training_step
+
 from checkpoint import trainable
 from loop import optimizer_step, set_up_processes
-from trees import shard
 
 SIZES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 32, 128, 512), (1, 2, 4), 8, 3
 
@@ -58,20 +57,20 @@ def one_rank(args) -> None:
     torch.set_num_threads(1)
     rank, world_size, _ = set_up_processes()
     model, sent = make_model(), []
-    trees = hh_trees(args.dataset, args.tokenizer, PAIRS_PER_RANK * world_size)
+    trees = hh_trees(args.dataset, args.tokenizer, PAIRS_PER_RANK)     # the same on every rank
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     if world_size > 1:
         reduce = dist.all_reduce
         dist.all_reduce = lambda t: (sent.append(t.numel() * t.element_size()), reduce(t))
-    step = training_step(model, args.method, shard(trees, world_size)[rank])
+    step = training_step(model, args.method, trees)
     seconds = []
     for _ in range(1 + args.repeats):
         start = time.perf_counter()
         optimizer_step(optimizer, parameters, step(), 1.0, "bench")
         seconds.append(time.perf_counter() - start)
     if rank == 0:
-        print(json.dumps({"seconds": seconds[1:], "sent_bytes_per_step": sent[0] if sent else 0,
+        print(json.dumps({"seconds": seconds[1:], "reduced_bytes_per_step": sent[0] if sent else 0,
                           "adapter_bytes": sum(p.numel() * 4 for p in parameters)}))
     if world_size > 1:
         dist.barrier()
@@ -94,8 +93,8 @@ def ranks(args) -> list[dict]:
         rows.append(row | {"efficiency": statistics.median(rows[0]["seconds"]) / median if rows
                            else 1.0})
         print(f"  {count} ranks  {median:6.2f} s a step  efficiency {rows[-1]['efficiency']:.2f} "
-              f"(cores / ranks {min(1.0, os.cpu_count() / count):.2f})  a rank sends "
-              f"{row['sent_bytes_per_step']:,} bytes; the adapter has {row['adapter_bytes']:,}",
+              f"(cores / ranks {min(1.0, os.cpu_count() / count):.2f})  reduces "
+              f"{row['reduced_bytes_per_step']:,} bytes; the adapter has {row['adapter_bytes']:,}",
               flush=True)
     return rows
 

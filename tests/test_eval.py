@@ -92,7 +92,7 @@ def test_labels_follow_the_true_reward():
 
 
 def test_world_logps_equal_one_answer_at_a_time(tiny_model):
-    # 24 answers share a prompt in one tree; alone, each must get the same log-prob.
+    # 48 answers share their beginnings in one stream; alone, each must get the same log-prob.
     from data import Tokenizer, encode_dialogue
     from model import load_llama
     model, tokenizer = load_llama(tiny_model), Tokenizer(tiny_model)

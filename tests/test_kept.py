@@ -50,6 +50,7 @@ def test_the_key_changes_with_all_that_the_log_probs_depend_on(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/adapter_model.safetensors").write_bytes(b"adapter")
+    (tmp_path / "sft/adapter_config.json").write_bytes(b'{"lora_alpha": 16}')
     trees, sft = make_trees(), str(tmp_path / "sft")
     changed = [replace(trees[0], response_ids=[[9, *ids[1:]] for ids in trees[0].response_ids]),
                *trees[1:]]
@@ -63,6 +64,8 @@ def test_the_key_changes_with_all_that_the_log_probs_depend_on(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     keys.append(reference_key(trees, str(tmp_path), None, "all", "sum"))
     (tmp_path / "sft/adapter_model.safetensors").write_bytes(b"another")
+    keys.append(reference_key(trees, str(tmp_path), sft, "all", "sum"))
+    (tmp_path / "sft/adapter_config.json").write_bytes(b'{"lora_alpha": 64}')
     keys.append(reference_key(trees, str(tmp_path), sft, "all", "sum"))
     assert len(set(keys)) == len(keys)
 

@@ -1,27 +1,20 @@
 """reproduce.py and report.py: data of every shape, exact scores by hand, verdicts, resuming."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import offsets
 import ppo
 import report
 import reproduce
 import shapes
 import train
-from reproduce import (
-    EXTRA_METHODS,
-    TABLES,
-    Cell,
-    Run,
-    chosen_distribution,
-    command,
-    execute,
-    stream_log_z,
-    win_tie_lose,
-)
+from offsets import EXTRA_METHODS, stream_log_z
+from reproduce import TABLES, Cell, Run, chosen_distribution, command, execute, win_tie_lose
 from shapes import DATA, RESPONSES, balanced, differing_pairs, dirty, neighbours
 from step import METHODS
 from trees import Tree, build_stream
@@ -116,7 +109,7 @@ def test_prompt_scores_of_the_base_itself():
 def test_a_stream_finds_the_exact_log_z_of_every_responses_prompt(monkeypatch):
     trees = [Tree([1, 5], [[7, 2], [8, 2]], [1.0, 0.0], []),
              Tree([1, 6, 9], [[4, 3, 2]], [0.0], [])]
-    monkeypatch.setattr(reproduce, "exact_log_z", lambda: {(1, 5): 0.25, (1, 6, 9): -3.0})
+    monkeypatch.setattr(offsets, "exact_log_z", lambda: {(1, 5): 0.25, (1, 6, 9): -3.0})
     stream = build_stream(trees)
     assert stream_log_z(stream).tolist() == [0.25, 0.25, -3.0]
     # at log-ratio 0 the argument of sigma is log Z alone
@@ -135,10 +128,52 @@ def test_every_cell_is_a_command_that_parses(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "read_run", lambda path: run_json)
     for cell in {cell for group in TABLES.values() for cell in group}:
         assert cell.data in DATA
-        main, (*argv, last) = command(Run(cell, 1e-3, 2))
-        args = (train if main is train.main else ppo).parse_args([*argv, last])
-        assert args.learning_rate == 1e-3 and args.seed == 2 and args.overwrite_output_dir
+        main, argv = command(Run(cell, 1e-3, 2))
+        args = (train if main is train.main else ppo).parse_args(argv)
+        assert args.learning_rate == 1e-3 and args.seed == 2
+        assert all(getattr(args, name) == value for name, value in cell.flags)
         assert cell.tuned_as is None or not cell.tuned_as.tuned_as
+
+
+def test_the_best_tuning_run_decides_the_rate_of_every_seed_and_of_variants():
+    # Best at 1e-3; NaN never wins. A variant is not tuned again. RLHF needs reward models first.
+    asked = []
+
+    class Progress:
+        total = 0
+
+        def scores(self, runs):
+            asked.append(list(runs))
+            return {run: {"E[r]": {1e-4: math.nan, 1e-3: 2.0}.get(run.learning_rate, 1.0)}
+                    for run in runs}
+
+    cell, rlhf = Cell("hh", "ulma"), Cell("golden", "rlhf", seeds=3)
+    rows = reproduce.all_runs([cell, Cell("hh", "ulma", (("beta", 2),), cell, 2), rlhf], Progress())
+    assert [run.cell.method for run in asked[0]] == ["reward_model"] * 4
+    assert {run.seed for run in asked[0]} == {0, 1, 2, 3}
+    assert {run.seed for run in asked[1]} == {0} and len(asked[1]) == 2 * len(
+        reproduce.LEARNING_RATES)
+    tested = [(row["method"], row["seed"], row["learning_rate"]) for row in rows if row["seed"]]
+    assert sorted(tested) == sorted(
+        [("ulma", seed, 1e-3) for seed in range(1, 6)] + [("rlhf", n, 1e-3) for n in (1, 2, 3)]
+        + [("ulma beta=2", seed, 1e-3) for seed in (1, 2)])
+
+
+def test_tuning_asks_training_prompts_and_a_test_asks_none_of_them(monkeypatch):
+    logps = torch.zeros(0, 288)
+    monkeypatch.setattr(reproduce, "load_llama", lambda path: None)
+    monkeypatch.setattr(reproduce, "Tokenizer", lambda path: None)
+    monkeypatch.setattr(reproduce, "world_logps", lambda *_: (logps, logps))
+    asked = []
+    monkeypatch.setattr(reproduce, "load_run", lambda path: [None])
+    monkeypatch.setattr(reproduce, "mean_scores", lambda rows: {})
+    real = reproduce.base_logps.__wrapped__
+    monkeypatch.setattr(reproduce, "base_logps", lambda tuning: asked.append(real(tuning)[0])
+                        or real(tuning))
+    for seed in (reproduce.TUNING_SEED, 1, 5):
+        reproduce.measure(Run(Cell("hh", "ulma"), 1e-3, seed))
+    assert set(asked[0]) <= set(training_prompts()) and len(asked[0]) == 12
+    assert asked[1] == asked[2] and not set(asked[1]) & set(training_prompts())
 
 
 def test_every_claim_is_about_cells_of_the_tables():
@@ -174,7 +209,7 @@ def test_a_run_gives_the_same_numbers_twice_and_is_not_done_again(small_world, m
 def test_a_run_without_scores_is_trained_anew_to_the_same_numbers(small_world):
     run = Run(Cell("hh", "ulma"), 1e-2, 1)
     first = execute(run)
-    (small_world / "reproduce/hh/ulma/lr0.01-seed1/scores.json").unlink()    # as a kill would
+    (Path(run.folder) / "scores.json").unlink()    # as a kill would
     assert execute(run) == first
 
 
@@ -184,7 +219,7 @@ def rows_of(cells: dict) -> list[dict]:
     """Rows from {(data, method): [E[r] of seeds 1, 2, ...]}; other scores are the same number."""
     scores = {score for group in report.SCORES.values() for score in group} | {
         claim.score for claim in report.claims()}
-    return [{"data": data, "method": method, "seed": seed, "learning_rate": 1e-3}
+    return [{"data": data, "method": method, "seed": seed, "learning_rate": 1e-3, "runs": "w"}
             | dict.fromkeys(sorted(scores), value) for (data, method), values in cells.items()
             for seed, value in enumerate(values, 1)]
 
@@ -208,8 +243,9 @@ def test_the_report_is_written_from_rows_alone_and_leaves_out_what_is_not_done(t
     wanted = {name: [(cell.data, cell.name) for cell in group] for name, group in TABLES.items()}
     rows = rows_of({cell: [0.5, 0.6, 0.4] for name in ("qa", "z") for cell in wanted[name]})
     bounds = {name: rows[0] for name in ("base", "pi* beta=0.5")}
-    report.save_rows(str(tmp_path), rows, bounds)
-    report.save_rows(str(tmp_path), rows[:2], bounds)              # replaced, not repeated
+    stale = rows_of({("qa", "ulma"): [9.0, 9.0, 9.0]})[:1] + [rows[0] | {"data": "hh", "runs": "v"}]
+    report.save_rows(str(tmp_path), stale, bounds)
+    report.save_rows(str(tmp_path), rows, bounds)                  # in place of those
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(rows)
     report.write(str(tmp_path), wanted)
     assert "2 of 11 tables complete" in capsys.readouterr().out

@@ -129,9 +129,13 @@ def test_two_machines_are_two_ranks(tmp_path, tiny_model, pairs_file):
          "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", *map(str, flags)],
         cwd=ROOT, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)]
-    for machine in machines:
-        _, errors = machine.communicate(timeout=120)
-        assert machine.returncode == 0, errors
+    try:
+        for machine in machines:
+            _, errors = machine.communicate(timeout=120)
+            assert machine.returncode == 0, errors
+    finally:
+        for machine in machines:
+            machine.kill()
     finish(tiny_model, pairs_file, tmp_path / "one", "--method", "ulma", "--max_steps", 4)
     for line, expected in zip(logged(tmp_path / "two", "tokens"),
                               logged(tmp_path / "one", "tokens"), strict=True):
