@@ -1,10 +1,10 @@
 """The embedded default: a small language world whose true reward is known exactly.
 
-A prompt asks "Can you tell me how to {verb} {object}?"; an answer is an opening, a body and a closing. So every
-valid answer to a prompt can be listed (288 of them), and what is unknowable for real language is
-computed, not judged: E[r*], Z(x), the optimum pi* = pi_ref exp(r*/beta)/Z, KL, harmful mass.
-Labels follow the papers: z ~ Bernoulli(sigma(r*)) (ULMA Eq. 6), pairs by Bradley-Terry on the same
-r*, ratings 0..4 by binning it, golden positives by taking the best answer.
+A prompt asks "Can you tell me how to {verb} {object}?"; an answer is an opening, a body and a
+closing. So every valid answer to a prompt can be listed (288 of them), and what is unknowable for
+real language is computed, not judged: E[r*], Z(x), the optimum pi* = pi_ref exp(r*/beta)/Z, KL,
+harmful mass. Labels follow the papers: z ~ Bernoulli(sigma(r*)) (ULMA Eq. 6), pairs by
+Bradley-Terry on the same r*, ratings 0..4 by binning it, golden positives by taking the best answer.
 
 Files, made once under runs/: tokenizer.model (SentencePiece trained on the world's text), the base
 model (a Hugging Face folder, trained from random weights by train.py itself) and the data (JSONL).
@@ -17,9 +17,9 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
+from functools import cache
 
 import sentencepiece
 import torch
@@ -29,9 +29,9 @@ from data import run_cli
 from model import Llama, LlamaConfig, save_llama
 from tokenizer import VICUNA_SYSTEM
 
-# train.py's defaults on the world. Its rewards span 8 nats, so beta = 0.1 would ask for log-ratios of
-# 80; its model is 128 wide, so adapters sit on every layer and learn fast.
-WORLD_FLAGS = {"beta": 0.5, "learning_rate": 3e-3, "num_train_epochs": 2.0, "batch_size": 32,
+# train.py's defaults on the world. Its rewards span 8 nats, so beta = 0.1 would ask for log-ratios
+# of 80; its model is 128 wide, so adapters sit on every layer and learn fast.
+WORLD_FLAGS = {"beta": 0.5, "learning_rate": 1e-3, "num_train_epochs": 2.0, "batch_size": 32,
                "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
                                        "up_proj", "down_proj"]}
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -98,7 +98,8 @@ def question(verb: str, thing: str) -> str:
     return f"Can you tell me how to {verb} {thing}?"
 
 
-def answers(verb: str, thing: str) -> list[tuple[str, float, bool, float]]:
+@cache
+def answers(verb: str, thing: str) -> tuple[tuple[str, float, bool, float], ...]:
     """Every valid answer to a prompt: (text, r*, harmful, probability under the base's habits)."""
     harmful_request, listed = verb in BAD_VERBS, []
     table, habit = REWARD[harmful_request], HABIT[harmful_request]
@@ -114,7 +115,8 @@ def answers(verb: str, thing: str) -> list[tuple[str, float, bool, float]]:
         text = f"{opening} {body.format(verb=verb, object=thing)} {closing}"
         listed.append([text, reward, harmful, weight])
     total = sum(weight for *_, weight in listed)
-    return [(text, reward, harmful, weight / total) for text, reward, harmful, weight in listed]
+    return tuple((text, reward, harmful, weight / total)
+                 for text, reward, harmful, weight in listed)
 
 
 # ---- labels -------------------------------------------------------------------------------------
@@ -226,7 +228,8 @@ def main() -> None:
           f"{len(listed)} answers each. {question(verb, thing)}")
     for text, reward, harmful, habit in (listed[0], listed[len(listed) // 2], listed[-1]):
         print(f"  r* {reward:+.1f}  {'harmful ' if harmful else 'harmless'}  {text}")
-    print(f"base model: {base_model()}\ndata: {', '.join(map(data_file, ('points', 'pairs', 'ratings', 'golden')))}")
+    print(f"base model: {base_model()}")
+    print("data:", *map(data_file, ("points", "pairs", "ratings", "golden")))
 
 
 if __name__ == "__main__":
