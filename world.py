@@ -4,7 +4,8 @@ A prompt asks "Can you tell me how to {verb} {object}?"; an answer is an opening
 closing. So every valid answer to a prompt can be listed (288 of them), and what is unknowable for
 real language is computed, not judged: E[r*], Z(x), the optimum pi* = pi_ref exp(r*/beta)/Z, KL,
 harmful mass. Labels follow the papers: z ~ Bernoulli(sigma(r*)) (ULMA Eq. 6), pairs by
-Bradley-Terry on the same r*, ratings 0..4 by binning it, golden positives by taking the best answer.
+Bradley-Terry on the same r*, ratings 0..4 by binning it, golden positives by taking the best
+answer.
 
 Files, made once under runs/: tokenizer.model (SentencePiece trained on the world's text), the base
 model (a Hugging Face folder, trained from random weights by train.py itself) and the data (JSONL).

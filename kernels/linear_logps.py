@@ -68,7 +68,7 @@ if triton is not None:
     def _logp_rows(logits, labels, logps, entropy, kl, num_policy, row_stride,
                    V: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_V: tl.constexpr,
                    WANT_ERROR: tl.constexpr, WANT_ENTROPY: tl.constexpr, WANT_KL: tl.constexpr):
-        # Grid (n,): program r owns row r. It reads it once for the log-sum-exp; a policy row is read
+        # Grid (n,): program r owns row r, reads it once for the log-sum-exp; a policy row is read
         # again, from cache, and overwritten. bf16: 2 bytes a logit in, 2 out: 4 in all.
         # Rows are PADDED_V apart, a multiple of 16, so that loads are 128 bits wide whatever V is;
         # columns from V on hold anything and count for nothing.
