@@ -238,8 +238,8 @@ def train(args, models, reward_model: Llama, asked: list, batches: list[list[int
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
-# On the embedded world, as train.py's: a small model takes large steps. 1e-2 is too large: the policy
-# left the world, at a true reward of -5.5. The objective stops rising after some 30 steps.
+# On the embedded world, as train.py's: a small model takes large steps. 1e-2 is too large: the
+# policy left the world, at a true reward of -5.5. The objective stops rising after some 30 steps.
 WORLD_FLAGS = {"learning_rate": 1e-3, "warmup_steps": 5, "batch_size": 19, "num_generations": 4,
                "num_ppo_epochs": 2, "max_new_tokens": 48, "max_steps": 40}
 INHERITED = ("beta", "dataset", "held_out", "max_prompt_length")
