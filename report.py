@@ -221,8 +221,8 @@ def shown(score: str) -> str:
 
 
 def number(mean: float, half: float) -> str:
-    """mean ± half with two significant digits of half, 1 to 4 decimals."""
-    decimals = min(4, max(1, 1 - math.floor(math.log10(half)))) if half else 3
+    """mean ± half with two significant digits of half, 1 to 3 decimals."""
+    decimals = min(3, max(1, 1 - math.floor(math.log10(half)))) if half else 3
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
