@@ -226,7 +226,8 @@ def number(mean: float, half: float) -> str:
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
-def table(name: str, group: list[Cell], cells: dict, bounds: dict) -> str:
+def table(name: str, group: list[Cell], cells: dict, bounds: dict, rates: list[float]) -> str:
+    """One table as Markdown; rates, sorted: the learning rates that tuning tried."""
     lines = [f"# {TITLE[name]}\n", CAVEAT[name] + "\n"]
     for kind in TABLE_SCORES[name]:
         scores = SCORES[kind]
@@ -240,7 +241,8 @@ def table(name: str, group: list[Cell], cells: dict, bounds: dict) -> str:
             row = next(iter(cells[cell].values()))
             values = [number(*stat(cells, cell, score)) for score in scores]
             lines.append(f"| {DATA_LABEL[cell[0]]} | {label(cell)} | " + " | ".join(values)
-                         + f" | {row['learning_rate']:g} |")
+                         + f" | {row['learning_rate']:g}"
+                         + "*" * (row["learning_rate"] in (rates[0], rates[-1])) + " |")
         golden = "golden " if name == "golden" else ""
         for who in ("base", "pi* beta=0.5"):
             values = [f"{bounds[golden + who][score]:.3g}" for score in scores]
@@ -261,7 +263,7 @@ is the optimum at beta 0.5. perplexity: per token, of the best answer. win/tie/l
 data's chosen answer, and the base's. objective: E[r] - 0.5 KL(pi‖ref). With h = beta
 log(pi/pi_ref): reward slope: of h on r*, 1 is ideal; reward accuracy: share of pairs of answers
 that h orders as r* does; calibration error: mean of |sigma(h) - sigma(r*)| under the base, which
-takes Z(x) = 1 at its word (pi* itself is not at 0)."""
+takes Z(x) = 1 at its word (pi* itself is not at 0). *: the smallest or the largest rate tried."""
 
 
 def claims_table(cells: dict) -> tuple[list[str], dict[str, int]]:
@@ -281,14 +283,16 @@ def claims_table(cells: dict) -> tuple[list[str], dict[str, int]]:
 
 def write(out: str, tables: dict[str, list[Cell]]) -> None:
     """Write every table and figure that has runs, and README.md."""
-    cells, bounds = by_cell(read_rows(out)), read_json(os.path.join(out, "bounds.json"))
+    rows, bounds = read_rows(out), read_json(os.path.join(out, "bounds.json"))
+    cells, rates = by_cell(rows), sorted({row["learning_rate"] for row in rows})
     done = [name for name, group in tables.items() if any(cell in cells for cell in group)]
     for name in done:
-        write_text(os.path.join(out, f"{name}.md"), table(name, tables[name], cells, bounds))
+        text = table(name, tables[name], cells, bounds, rates)
+        write_text(os.path.join(out, f"{name}.md"), text)
     complete = [name for name in done if all(cell in cells for cell in tables[name])]
     drawn = draw(out, complete, cells, bounds, label)
     lines, counts = claims_table(cells)
-    text = [HEAD.format(runs=len(read_rows(out)), torch=bounds["torch"], python=bounds["python"],
+    text = [HEAD.format(runs=len(rows), torch=bounds["torch"], python=bounds["python"],
                         total=sum(counts.values()), **counts), *lines, "", "## Tables\n",
             *(f"- [{TITLE[name]}]({name}.md)" + ("" if name in complete else " (not complete)")
               for name in done), "", "## Figures\n",
