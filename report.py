@@ -201,7 +201,8 @@ CAVEAT = {
     "qa": "Labels are drawn from the paper's own model (Eq. 6); real annotators are not. DPO has "
           "only the some 530 pairs that differing labels make, so it takes half as many steps.",
     "red-team": "The squared error asks for beta log(pi/pi_ref) = z with z in [0, 1]: small "
-                "log-ratios by design. Only the order of methods can be compared with the paper.",
+                "log-ratios by design. Ratings have no noise here, so that the best ones mark the "
+                "best answers: that favours SFT. Compare the order of methods only.",
     "ablation": "The same runs as above, and two more methods.",
     "d2o": "Negatives only: 608 bad answers, four to a prompt. One tuned learning rate for all "
            "D2O rows. The paper's moral instructions, which diversify anchors, are left out.",
