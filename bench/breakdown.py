@@ -61,6 +61,12 @@ def training_step(model: Llama, method: str, trees: list[Tree]):
                    micro_tokens=1024)
 
 
+def where_and_how() -> dict:
+    """Machine, versions and command of a result; of files in the command only the names."""
+    return {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "torch": torch.__version__, "command": " ".join(map(os.path.basename, sys.argv))}
+
+
 def kind_of(operator: str) -> str:
     return next((kind for kind, parts in KINDS.items()
                  if any(part in operator for part in parts)), "everything else")
@@ -129,8 +135,7 @@ def main() -> None:
         print(f"  {kind:30} {value:6.2f} s  {value / sum(spent.values()):5.1%}")
     result = {"method": args.method, "pairs": args.pairs, "seconds": seconds,
               "necessary_s": necessary, "matrix_gflops": rate / 1e9, "self_s_by_kind": spent,
-              "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-              "threads": 1, "torch": torch.__version__, "command": " ".join(sys.argv)}
+              "threads": 1} | where_and_how()
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -13,7 +13,6 @@ most cores / ranks, and the table says so.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from breakdown import ROOT, hh_trees, make_model, training_step
+from breakdown import ROOT, hh_trees, make_model, training_step, where_and_how
 
 from checkpoint import trainable
 from loop import optimizer_step, set_up_processes
@@ -114,9 +113,7 @@ def main() -> None:
     if args.worker:
         return one_rank(args)
     torch.set_num_threads(1)
-    result = {"batch_sizes": batch_sizes(args), "ranks": ranks(args), "method": args.method,
-              "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-              "torch": torch.__version__, "command": " ".join(sys.argv)}
+    result = {"batch_sizes": batch_sizes(args), "ranks": ranks(args), "method": args.method} | where_and_how()
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
