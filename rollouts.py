@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from generate import generate
+from kept import gather
 from kernels import linear_logps
 from model import Llama
 from reward import feed_last_tokens, stream_rewards
@@ -83,10 +83,7 @@ def observe(policy: Llama, value: Llama, reward_model: Llama, trees: list[Tree],
 
 def exchange(rollouts: list[Rollout], world_size: int) -> list[Rollout]:
     """Every rank's rollouts, in the order of the batch, on every rank."""
-    if world_size == 1:
-        return rollouts
-    shares = [None] * world_size
-    dist.all_gather_object(shares, rollouts)
+    shares = gather(rollouts)
     return [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))]
 
 

@@ -113,7 +113,8 @@ def main() -> None:
     if args.worker:
         return one_rank(args)
     torch.set_num_threads(1)
-    result = {"batch_sizes": batch_sizes(args), "ranks": ranks(args), "method": args.method} | where_and_how()
+    result = {"batch_sizes": batch_sizes(args), "ranks": ranks(args),
+              "method": args.method} | where_and_how()
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
