@@ -66,26 +66,37 @@ def draw_wins(plt, cells: dict, bounds: dict, label):
 
 def draw_frontier(plt, cells: dict, bounds: dict, label):
     """True reward against KL: every method on HH-like pairs, what beta and steps do, and pi*."""
-    figure, axis = plt.subplots(figsize=(8.5, 5.2))
+    figure, axis = plt.subplots(figsize=(9.5, 5.6))
     optimum = [row for name, row in bounds.items() if name.startswith("pi*")]
     optimum.sort(key=lambda row: row["KL(pi||ref)"])
     axis.plot([0, *(row["KL(pi||ref)"] for row in optimum)],
               [bounds["base"]["E[r]"], *(row["E[r]"] for row in optimum)], "k--",
               label="optimum pi*, the ceiling")
+    limits, outside = (3.2, -1.5), []
     for name, (colour, marker) in STYLE.items():
+        points = {}
         for method in [m for data, m in cells if data == "hh" and m.split(" ")[0] == name]:
             if "logp_reduction" in method:
                 continue
             (x, dx), (y, dy) = (stat(cells, ("hh", method), s) for s in ("KL(pi||ref)", "E[r]"))
+            points[x] = y
+            if x > limits[0] or y < limits[1]:
+                outside.append(f"{label(('hh', method))}: KL {x:.1f}, E[r] {y:.1f}")
             swept = method != name
-            axis.errorbar(x, y, xerr=dx, yerr=dy, color=colour, marker=marker, alpha=0.45 if swept
-                          else 1, markersize=5 if swept else 9, elinewidth=1,
-                          markeredgecolor="black" if not swept else colour,
+            axis.errorbar(x, y, xerr=dx, yerr=dy, color=colour, marker=marker,
+                          alpha=0.4 if swept else 1, markersize=5 if swept else 9, elinewidth=0.8,
+                          markeredgecolor=colour if swept else "black", zorder=2 if swept else 3,
                           label=None if swept else label(("hh", name)))
+        if points:
+            axis.plot(*zip(*sorted(points.items())), color=colour, linewidth=0.8, zorder=1)
     axis.plot(0, bounds["base"]["E[r]"], "kx", markersize=9, label="base")
-    axis.set_xlim(-0.1, 3.6)
-    axis.set_ylim(-6.5, 3.5)
-    axis.set_xlabel("KL(pi||pi_ref), nats")
+    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
+    axis.set_xlim(0, limits[0])
+    axis.set_xticks([0, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 3])
+    axis.set_ylim(limits[1], 3.5)
+    axis.text(0.98, 0.02, "".join(f"outside: {point}\n" for point in outside), ha="right",
+              transform=axis.transAxes)
+    axis.set_xlabel("KL(pi||pi_ref), nats (square-root scale)")
     axis.set_ylabel("true reward E[r], nats")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

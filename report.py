@@ -117,10 +117,16 @@ def claims() -> list[Claim]:
 # ---- rows ---------------------------------------------------------------------------------------
 
 def save_rows(out: str, rows: list[dict], bounds: dict) -> None:
-    """Put rows in OUT/runs.jsonl, in place of those of the same cells and of other settings."""
-    new, settings = {(row["data"], row["method"]) for row in rows}, {row["runs"] for row in rows}
-    kept = [row for row in read_rows(out)
-            if (row["data"], row["method"]) not in new and row["runs"] in settings]
+    """Put rows in OUT/runs.jsonl, in place of those of the same cells and of other settings.
+
+    A cell's tuning runs (seed 0) come alone where only its learning rate was asked for: its test
+    runs then stay.
+    """
+    def group(row):
+        return row["data"], row["method"], row["seed"] > 0
+
+    new, settings = set(map(group, rows)), {row["runs"] for row in rows}
+    kept = [row for row in read_rows(out) if group(row) not in new and row["runs"] in settings]
     lines = sorted(json.dumps(row) + "\n" for row in rows + kept)
     os.makedirs(out, exist_ok=True)
     write_text(os.path.join(out, "runs.jsonl"), "".join(lines))

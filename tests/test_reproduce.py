@@ -257,3 +257,16 @@ def test_the_report_is_written_from_rows_alone_and_leaves_out_what_is_not_done(t
     assert "| QA-like points | ULMA | 0.50 ± 0.25 |" in table      # t_2 s / sqrt(3) = 0.248
     assert "| HH-like pairs | SFT | not run |" in (tmp_path / "ablation.md").read_text()
     assert json.loads((tmp_path / "bounds.json").read_text())["torch"] == torch.__version__
+
+
+def test_a_cell_that_is_only_tuned_keeps_its_test_runs(tmp_path):
+    # Bug this catches: a table that asks for no more than another cell's learning rate (balance, of
+    # the cells of qa) took that cell's five seeds out of the file, and qa was "not complete".
+    cell = ("qa", "ulma")
+    tested = rows_of({cell: [0.5, 0.6, 0.4]})
+    tuning = [row | {"seed": 0, "E[r]": value} for row in tested[:1] for value in (0.1, 0.2)]
+    report.save_rows(str(tmp_path), tested + tuning[:1], {})
+    report.save_rows(str(tmp_path), tuning, {})
+    rows = report.read_rows(str(tmp_path))
+    assert sorted(row["E[r]"] for row in rows) == [0.1, 0.2, 0.4, 0.5, 0.6]
+    assert len(report.by_cell(rows)[cell]) == 3
