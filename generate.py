@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention import attention, attention_segments
 from checkpoint import check_order, claim_file, sha256
 from data import ROLES, Tokenizer, encode_dialogue, read_dataset, run_cli
 from lora import load_adapter, lora_disabled, start_from_adapter
-from model import Llama, attention, attention_segments, linear, load_llama
+from model import Llama, linear, load_llama
 from trees import truncate
 
 PREFILL_TOKENS = 8192      # prompts go through the model in streams of up to this size
@@ -110,9 +111,7 @@ def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tupl
             for row in rows_of[ids]:
                 places += [(row, cache.starts[row] + i, p) for i, p in enumerate(positions)]
                 ends.append((row, positions[-1]))
-        tree_ids = torch.tensor(tree_ids)                                        # [T], on the CPU
-        segments = [(start, end, mask.to(weight.device)) for start, end, mask in
-                    attention_segments(tree_ids, torch.zeros_like(tree_ids))]
+        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device)
         input_ids, position_ids, places, ends = (
             torch.tensor(t, device=weight.device) for t in (input_ids, position_ids, places, ends))
         hidden = model(input_ids, position_ids, segments,

@@ -93,7 +93,7 @@ def reference_key(trees: list[Tree], base: str, sft_adapter: str | None, *number
 
 def keep_reference(output_dir: str, key: str, reference, trees: list[Tree], which: str,
                    mean: bool, micro_tokens: int, linear_logps, rank: int, world_size: int,
-                   stop) -> list[Tree]:
+                   stop, attention: str = "dense") -> list[Tree]:
     """The trees with reference_logps: from the file beside the runs, else computed, and left there.
 
     key     see `reference_key`
@@ -109,7 +109,8 @@ def keep_reference(output_dir: str, key: str, reference, trees: list[Tree], whic
 
         def rows_of(batch):
             logps = reference_logps(reference, [trees[n] for n in batch],
-                                    NEEDS_REFERENCE[which], mean, micro_tokens, linear_logps)
+                                    NEEDS_REFERENCE[which], mean, micro_tokens, linear_logps,
+                                    attention)
             return [{"tree": n, "reference_logps": r} for n, r in zip(batch, logps)]
 
         write_rows(unfinished, batches, rows_of, lambda row: trees[row["tree"]].num_tokens,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model import Llama
 from trees import Tree, epoch_batches
 
 
@@ -59,6 +60,23 @@ def set_up_processes() -> tuple[int, int, torch.device]:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
+
+
+def shard_layers(model: Llama, device) -> Llama:
+    """FSDP2: a rank keeps its part of every layer's frozen weights, and gathers a layer to run it.
+
+    Adapters are small and stay whole on every rank, as do embedding, last norm and head; so
+    optimizer, all-reduce and checkpoints are those of one process. Call it on a CPU's model: layer
+    after layer goes to `device`, never all of them at once.
+    """
+    from torch.distributed.fsdp import fully_shard               # a second of importing
+
+    whole = {p for p in model.parameters() if p.requires_grad}
+    for layer in model.model.layers:
+        fully_shard(layer, ignored_params=whole & set(layer.parameters()))
+    fully_shard(model, ignored_params=whole | {
+        p for name, p in model.named_parameters() if ".layers." not in name})
+    return model.to(device)
 
 
 class Stop:

@@ -1,12 +1,9 @@
 """Llama-2, by hand, over a flat stream of tokens; loads and saves Hugging Face folders.
 
 No padding: the model reads T tokens laid end to end, several *trees* (one prompt and its
-responses) after one another. Position i sees position j iff
-
-    j <= i,  the same tree,  and j is in the shared prompt or in i's own response.
-
-This one rule is sequence packing and prompt sharing together. Module attributes carry the
-checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so loading needs no table.
+responses) after one another; attention.py says who sees whom, which is sequence packing and prompt
+sharing together. Module attributes carry the checkpoint's names
+(`model.layers.0.self_attn.q_proj.weight`), so loading needs no table.
 
     model = load_llama("vicuna-7b-v1.5", dtype=torch.bfloat16)
     hidden = model(input_ids)                        # [T, D] after the final norm
@@ -23,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attention import attention
 from weights import SHARD_BYTES, misfits, read_files, read_json, weight_files, write_weights
-
-BLOCK_TOKENS = 256      # small trees share one attention block up to this size
 
 
 # ---- configuration ------------------------------------------------------------------------------
@@ -224,47 +220,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attention_segments(tree_ids: Tensor, branch_ids: Tensor) -> list[tuple[int, int, Tensor]]:
-    """Cut a stream into blocks that do not see each other, each with its mask.
-
-    tree_ids, branch_ids  [T] int64   which tree; 0 = shared prompt, 1.. = response (CPU tensors)
-    returns               [(start, end, mask)], mask [end - start, end - start] bool, True = sees
-    Whole trees, merged up to BLOCK_TOKENS: the cost stays linear in the number of trees.
-    """
-    _, sizes = tree_ids.unique_consecutive(return_counts=True)
-    spans, start, end = [], 0, 0
-    for size in sizes.tolist():
-        if end > start and end + size - start > BLOCK_TOKENS:
-            spans.append((start, end))
-            start = end
-        end += size
-    spans.append((start, end))
-    segments = []
-    for start, end in spans:
-        tree, branch = tree_ids[start:end], branch_ids[start:end]                # [n]
-        mask = tree[:, None] == tree[None]                                       # [n, n]
-        mask &= (branch[None] == 0) | (branch[:, None] == branch[None])
-        segments.append((start, end, mask.tril_()))
-    return segments
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, segments=None) -> Tensor:
-    """softmax(q kᵀ / sqrt(Dh)) v under the tree rule: [T, H, Dh], [T, Hkv, Dh] -> [T, H, Dh].
-
-    segments   from `attention_segments`; None = one plain causal sequence
-    """
-    groups = q.shape[1] // k.shape[1]          # grouped-query attention: one k, v for many q
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))                       # [1, H, T, Dh]
-    if segments is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
-    outputs = [F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, start:end],
-                                              v[:, :, start:end], attn_mask=mask)
-               for start, end, mask in segments]                                 # [1, H, n, Dh]
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)                          # [T, H, Dh]
-
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -273,11 +228,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = Linear(width, width), Linear(width, kv_width)
         self.v_proj, self.o_proj = Linear(width, kv_width), Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, attend=attention) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, attend=attention,
+                rows: Tensor | None = None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))                    # [T, H, Dh]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
-        return self.o_proj(mixed.flatten(1))                                     # [T, D]
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments).flatten(1)
+        return self.o_proj(mixed if rows is None else mixed.index_select(0, rows))     # [T, D]
 
 
 class MLP(nn.Module):
@@ -301,8 +257,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, attend=attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments, attend)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, attend=attention,
+                rows: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D]; rows [S]: positions to go on with after the attention, None for all"""
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, segments, attend, rows)
+        x = mixed + (x if rows is None else x.index_select(0, rows))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -311,11 +270,12 @@ class Llama(nn.Module):
 
     gradient_checkpointing   keep a layer's input only, and run the layer again in the backward:
                              a tenth of the memory for a third more time
+    attend                   what every layer calls as its attention; see `compile_layers`
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.gradient_checkpointing = config, False
+        self.config, self.gradient_checkpointing, self.attend = config, False, attention
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -328,10 +288,12 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None,
-                segments: list | None = None, cache: list | None = None) -> Tensor:
+                segments=None, cache: list | None = None, rows: Tensor | None = None) -> Tensor:
         """input_ids [T], position_ids [T], segments (see `attention`) -> hidden [T, D].
 
         cache   for each layer what replaces `attention`: generate.py keeps k and v in it
+        rows    [S] int64, distinct: the positions whose hidden is wanted, the only ones that the
+                last layer computes beyond its attention; returns hidden [S, D]
         """
         if position_ids is None:
             position_ids = torch.arange(len(input_ids), device=input_ids.device)
@@ -339,12 +301,27 @@ class Llama(nn.Module):
         config = self.config
         cos, sin = (t.to(x.dtype)[:, None] for t in rotary_angles(
             position_ids, config.head_dim, config.rope_theta, config.rope_factor))
-        for layer, attend in zip(self.model.layers, cache or repeat(attention)):
+        for layer, attend in zip(self.model.layers, cache or repeat(self.attend)):
+            arguments = (x, cos, sin, segments, attend,
+                         rows if layer is self.model.layers[-1] else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, segments, attend, use_reentrant=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, segments, attend)
+                x = layer(*arguments)
         return self.model.norm(x)
+
+
+def compile_layers(model: Llama, backend: str = "inductor") -> Llama:
+    """Let torch.compile fuse what every layer computes beside its products and its attention.
+
+    Layers share their code: what is compiled is the first, an inner and the last layer, each for the
+    policy and for the reference, and for streams of any length. The attention stays as it is: how
+    many blocks a stream has would be compiled in, anew for every stream.
+    """
+    model.attend = torch.compiler.disable(attention)
+    for layer in model.model.layers:
+        layer.compile(backend=backend, dynamic=True)
+    return model
 
 
 # ---- Hugging Face folders -----------------------------------------------------------------------

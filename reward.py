@@ -46,7 +46,8 @@ def stream_rewards(model: Llama, stream: Stream) -> Tensor:
     stream   of trees from `feed_last_tokens`: a response's last position is its last token's
     """
     hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
-    last = stream.response_ids.bincount(minlength=len(stream.scores)).cumsum(0) - 1      # [R]
+    numbers = torch.arange(len(stream.scores), device=stream.scores.device)      # [R]
+    last = torch.searchsorted(stream.response_ids, numbers, right=True) - 1      # [R]
     hidden = hidden.index_select(0, stream.predict_from[last])                   # [R, D]
     return hidden.to(model.score.weight.dtype) @ model.score.weight[0]           # [R]
 

@@ -13,7 +13,7 @@ from kept import gather
 from kernels import linear_logps
 from model import Llama
 from reward import feed_last_tokens, stream_rewards
-from step import adapters_off, token_logps
+from step import adapters_off, scored_hidden, token_logps
 from tokenizer import Tokenizer
 from trees import Stream, Tree, build_stream, pack
 from world import answers, prompts, question
@@ -52,8 +52,7 @@ def sample(policy: Llama, prompt_ids: list[list[int]], seeds: list[int], max_new
 
 def token_values(value: Llama, stream: Stream) -> Tensor:
     """V(x, y_<t) before every scored token of a stream: [N] float32."""
-    hidden = value(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
-    hidden = hidden.index_select(0, stream.predict_from)                         # [N, D]
+    hidden = scored_hidden(value, stream)                                        # [N, D]
     return hidden.to(value.score.weight.dtype) @ value.score.weight[0]
 
 

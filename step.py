@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention import to_device
 from kernels import linear_logps
 from lora import lora_disabled
 from model import Llama
@@ -110,6 +111,17 @@ def frozen_copy(model):
 
 # ---- one micro-batch ----------------------------------------------------------------------------
 
+def scored_hidden(model: Llama, stream: Stream) -> Tensor:
+    """The hidden state that predicts each label of a stream: [N, D].
+
+    The last layer is computed for these only; for all where weights are trained, so that the
+    order of their gradient's sums, and with it every bit, does not hang on this saving.
+    """
+    rows = None if model.lm_head.weight.requires_grad else stream.rows
+    hidden = model(stream.input_ids, stream.position_ids, stream.segments, rows=rows)
+    return hidden.index_select(0, stream.predict_from if rows is None else stream.row_ids)
+
+
 def token_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
                 linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
     """log π and log π_ref of every scored token of a stream: [N], [M] float32, nats.
@@ -119,15 +131,12 @@ def token_logps(model: Llama, reference, stream: Stream, reference_stream: Strea
     reference_stream  the same trees with only the responses that need a reference; None for none
     linear_logps      which of kernels/ computes them
     """
-    hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
-    hidden, head = hidden.index_select(0, stream.predict_from), model.lm_head.weight     # [N, D]
+    hidden, head = scored_hidden(model, stream), model.lm_head.weight            # [N, D]
     reference_hidden, reference_labels = hidden.new_empty(0, hidden.shape[1]), stream.labels[:0]
     reference_head = head
     if reference_stream is not None:
         with torch.no_grad(), reference() as frozen:
-            reference_hidden = frozen(reference_stream.input_ids, reference_stream.position_ids,
-                                      reference_stream.segments)
-            reference_hidden = reference_hidden.index_select(0, reference_stream.predict_from)
+            reference_hidden = scored_hidden(frozen, reference_stream)           # [M, D]
             reference_head = frozen.lm_head.weight
         reference_labels = reference_stream.labels
     if reference_head is head:
@@ -156,7 +165,7 @@ def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: St
 
 @torch.no_grad()
 def reference_logps(reference, trees: list[Tree], wanted, mean: bool, micro_tokens: int,
-                    linear_logps=linear_logps) -> list[list[float]]:
+                    linear_logps=linear_logps, attention: str = "dense") -> list[list[float]]:
     """log π_ref(y | x) of every response of every tree, nats, to be kept; 0 for those not wanted.
 
     wanted   score -> bool: which responses
@@ -166,12 +175,11 @@ def reference_logps(reference, trees: list[Tree], wanted, mean: bool, micro_toke
     with reference() as frozen:
         head = frozen.lm_head.weight
         for group in pack(trees, micro_tokens):
-            stream = build_stream(group, head.device, wanted)
+            stream = build_stream(group, head.device, wanted, attention)
             if stream is None:
                 logps += [0.0] * sum(len(tree.scores) for tree in group)
                 continue
-            hidden = frozen(stream.input_ids, stream.position_ids, stream.segments)      # [T, D]
-            hidden = hidden.index_select(0, stream.predict_from)                 # [N, D]
+            hidden = scored_hidden(frozen, stream)                               # [N, D]
             _, per_token_logps = linear_logps(hidden[:0], hidden, head, stream.labels[:0],
                                               stream.labels)                     # [N]
             logps += response_logps(per_token_logps, stream.response_ids, len(stream.scores),
@@ -187,15 +195,17 @@ def loss_weights(scores: Tensor, pairs: Tensor, counts: dict, reduction: str, us
     the others, as the authors' code forms per micro-batch; here the counts are the batch's.
     """
     if uses == "pairs":
-        weights = [1 / counts["pairs"]] * len(pairs)
+        count, number = counts["pairs"], len(pairs)
     elif uses == "anchors":              # a tree of 1 + K responses and K pairs has one loss
-        weights = [1 / (counts["responses"] - counts["pairs"])] * (len(scores) - len(pairs))
-    elif reduction == "mean":
-        weights = [1 / counts["responses"]] * len(scores)
+        count, number = counts["responses"] - counts["pairs"], len(scores) - len(pairs)
     else:
-        rest = counts["responses"] - counts["positive"]
-        weights = [1 / (counts["positive"] if score == 1 else rest) for score in scores.tolist()]
-    return torch.tensor(weights, dtype=torch.float64, device=scores.device)
+        count, number = counts["responses"], len(scores)
+    if reduction == "mean" or uses in ("pairs", "anchors"):
+        return scores.new_full((number,), 1 / count, dtype=torch.float64)
+    others = counts["responses"] - counts["positive"]
+    weights = torch.tensor([1 / max(1, others), 1 / max(1, counts["positive"])],
+                           dtype=torch.float64)
+    return to_device(weights, scores.device)[(scores == 1).long()]
 
 
 def batch_counts(trees: list[Tree]) -> dict:
@@ -209,54 +219,75 @@ METRICS = ("rewards/positive", "rewards/negative", "logps/positive", "logps/nega
            "rewards/accuracies")
 
 
-def metric_sums(logps: Tensor | None, rewards: Tensor, has_reward: list[bool],
-                stream: Stream) -> Tensor:
+def metric_sums(logps: Tensor | None, rewards: Tensor, has_reward, stream: Stream) -> Tensor:
     """(sum, count) of each of METRICS over a stream: [2 · 5].
 
     logps       [R] float, detached; None from a reward model
     rewards     [R] float, detached: of a score head, or beta · log-ratios
-    has_reward  [R]; a policy's responses have one where they met the reference
+    has_reward  True, False or [R] bool: a policy's responses have one where they met the reference
     Positive is z = 1, negative z < 1; accuracies count pairs whose chosen response has the larger
-    reward.
+    reward, where all responses have one.
     """
     positive = stream.scores == 1                                                # [R]
-    known = torch.tensor(has_reward, device=positive.device)                     # [R]
-    masks = [positive & known, ~positive & known, positive, ~positive]
+    masks = [positive & has_reward, ~positive & has_reward, positive, ~positive]
     if logps is None:
         logps, masks[2:] = rewards, [torch.zeros_like(positive)] * 2
     sums = [part for value, mask in zip((rewards, rewards, logps, logps), masks)
             for part in ((value * mask).sum(), mask.sum())]
-    chosen, rejected = rewards[stream.pairs].T if all(has_reward) else rewards.new_empty(2, 0)
-    sums += [(chosen > rejected).sum(), torch.tensor(len(chosen), device=positive.device)]
+    chosen, rejected = rewards[stream.pairs].T if has_reward is True else rewards.new_empty(2, 0)
+    sums += [(chosen > rejected).sum(), rewards.new_full((), len(chosen))]
     return torch.stack([part.double() for part in sums])
+
+
+def micro_batches(trees: list[Tree], method: Method, micro_tokens: int) -> list[list[Tree]]:
+    """The trees of each forward pass; see trees.pack."""
+    return pack(feed_last_tokens(trees) if method.p == "rewards" else trees, micro_tokens)
+
+
+def idle(model: Llama, reference, device) -> None:
+    """The passes of a micro-batch with nothing in it: one token, and a gradient of zero."""
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    hidden = model(token)                                                        # [1, D]
+    if reference is not None:
+        with torch.no_grad(), reference() as frozen:
+            frozen(token)
+    (0 * hidden.sum()).backward()
 
 
 def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], counts: dict, *,
                    beta: float, log_z: float, mean_logps: bool, reduction: str, micro_tokens: int,
-                   device="cpu", linear_logps=linear_logps) -> Tensor:
+                   device="cpu", linear_logps=linear_logps, attention: str = "dense",
+                   lockstep: int = 0) -> Tensor:
     """Accumulate the gradient of this rank's share of a batch; returns [loss, tokens, *METRICS].
 
     reference  None where the trees keep their reference_logps
     trees      this rank's; counts, of the whole batch (see `loss_weights`)
+    attention  see trees.build_stream
+    lockstep   micro-batches of the rank that has most, where layers are sharded: their weights are
+               gathered on all ranks at a time, so every rank runs as many passes
+    Reads nothing back from the device: what a step found is in its result.
     """
     needs_reference, is_reward_model = NEEDS_REFERENCE[method.reference], method.p == "rewards"
-    trees = feed_last_tokens(trees) if is_reward_model else trees
     totals = torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64, device=device)
-    for group in pack(trees, micro_tokens):
-        stream = build_stream(group, device)
+    groups = micro_batches(trees, method, micro_tokens)
+    for group in groups:
+        stream = build_stream(group, device, None, attention)
         if is_reward_model:
             policy, frozen = stream_rewards(model, stream), None                  # [R]
-            metrics = metric_sums(None, policy.detach(), [True] * len(policy), stream)
+            metrics = metric_sums(None, policy.detach(), True, stream)
         else:
             kept = group[0].reference_logps is not None
             reference_stream = (None if kept else stream if method.reference == "all"
-                                else build_stream(group, device, needs_reference))
+                                else build_stream(group, device, needs_reference, attention))
+            if lockstep and method.reference == "negative":
+                reference_stream = reference_stream or stream    # nobody looks at what it says
             policy, frozen = sequence_logps(                                      # [R], [R]
                 model, reference, stream, reference_stream, mean_logps, linear_logps)
             if kept:
-                frozen = policy.new_tensor([r for tree in group for r in tree.reference_logps])
+                frozen = to_device(torch.tensor([r for tree in group for r in tree.reference_logps],
+                                                dtype=policy.dtype), device)
             metrics = metric_sums(policy.detach(), beta * (policy.detach() - frozen),
-                                  [needs_reference(z) for z in stream.scores.tolist()], stream)
+                                  needs_reference(stream.scores), stream)
         losses = method.loss(policy, frozen, stream, beta, log_z)                 # [R] or [P]
         loss = (losses * loss_weights(stream.scores, stream.pairs, counts, reduction,
                                       method.uses)).sum()
@@ -264,4 +295,6 @@ def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], c
         totals[0] += loss.detach()
         totals[1] += len(stream.input_ids)
         totals[2:] += metrics
+    for _ in range(lockstep - len(groups)):
+        idle(model, reference if method.reference != "none" else None, device)
     return totals

@@ -28,18 +28,19 @@ import torch
 import torch.distributed as dist
 
 import anchors
+from attention import ATTENTIONS, choose_attention
 from checkpoint import (claim_output_dir, resume, save_checkpoint, save_final, sha256, starts_from,
                         trainable)
 from data import print_counts, read_dataset, run_cli, split_by_prompt
 from kernels import choose_linear_logps
 from kept import keep_reference, reference_key
 from loop import (Help, Stop, check_ranges, learning_rate, optimizer_step, plan_batches,
-                  set_up_processes, write_line)
+                  set_up_processes, shard_layers, write_line)
 from lora import add_lora, load_adapter, share_base, start_from_adapter
-from model import Llama, load_llama
+from model import Llama, compile_layers, load_llama
 from reward import add_score_head
 from step import (METHODS, METRICS, adapters_off, backward_batch, batch_counts, check_fit,
-                  frozen_copy)
+                  frozen_copy, micro_batches)
 from tokenizer import Tokenizer
 from trees import Tree, make_trees, shard
 from world import WORLD_FLAGS, base_model, data_file, ensure_world
@@ -84,11 +85,14 @@ def train(args, method, model: Llama, reference, trees: list[Tree], batches: lis
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(((args.seed * 1_000_003) + step) * 4099 + rank)        # dropout
+        shards = shard(batch, world_size)
+        most = max(len(micro_batches(part, method, args.micro_tokens)) for part in shards)
         totals = backward_batch(
-            model, reference, method, shard(batch, world_size)[rank], batch_counts(batch),
+            model, reference, method, shards[rank], batch_counts(batch),
             beta=args.beta, log_z=args.log_z, mean_logps=args.logp_reduction == "mean",
             reduction=args.reduction, micro_tokens=args.micro_tokens, device=device,
-            linear_logps=choose_linear_logps(args.kernels, device.type))
+            linear_logps=choose_linear_logps(args.kernels, device.type), attention=args.attention,
+            lockstep=most if args.fsdp else 0)
         extras = torch.cat([totals, totals.new_tensor([stop.signal])])
         (*totals, stop_signal), grad_norm = optimizer_step(
             optimizer, parameters, extras, args.max_grad_norm,
@@ -154,9 +158,39 @@ def check_flags(args) -> None:
         if inside == os.path.abspath(args.output_dir):
             raise ValueError(f"--sft_adapter {args.sft_adapter} lies in --output_dir "
                              f"{args.output_dir}; choose another --output_dir")
+    if args.fsdp and (args.lora_r == 0 or args.sft_adapter or args.method == "d2o"):
+        raise ValueError("--fsdp shards the frozen weights under one adapter; it does not go with "
+                         "--lora_r 0, --sft_adapter (merge it with export.py) or --method d2o")
+    if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError("--fsdp needs two or more processes: torchrun --nproc_per_node=2 train.py")
+    if args.compile and args.method == "d2o":
+        raise ValueError("--compile is for training alone; --method d2o also generates its anchors")
     if args.bf16 and args.lora_r == 0:
         raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
                          "weights in float32")
+
+
+def add_model_flags(parser) -> None:
+    flag = parser.add_argument_group("adapter").add_argument
+    flag("--lora_r", type=int, default=8, help="rank; 0 trains all weights")
+    flag("--lora_alpha", type=float, default=32, help="scaling is alpha / r")
+    flag("--lora_dropout", type=float, default=0.1,
+         help="used only by methods that never see the reference")
+    flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], help="linear layers")
+    flag = parser.add_argument_group("size").add_argument
+    flag("--max_length", type=int, default=1024, help="tokens of prompt + response")
+    flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
+    flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
+    flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
+    flag("--fsdp", action="store_true", help="shard the frozen layers over all ranks, for a model "
+         "that one device cannot hold")
+    flag("--gradient_checkpointing", action="store_true",
+         help="run each layer again in the backward: less memory, a third more time")
+    flag("--attention", choices=ATTENTIONS, default="dense", help="see attention.py; what is not "
+         "dense needs a GPU")
+    flag("--compile", action="store_true", help="torch.compile every layer: a minute at the start")
+    flag("--kernels", choices=("auto", "triton", "torch"), default="auto",
+         help="log-probs by the Triton kernel or plain torch; auto: Triton on a GPU")
 
 
 def parse_args(argv=None):
@@ -191,21 +225,7 @@ def parse_args(argv=None):
     flag("--weight_decay", type=float, default=0.0, help="AdamW's")
     flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
     flag("--seed", type=int, default=42, help="of order, initialisation and dropout")
-    flag = parser.add_argument_group("adapter").add_argument
-    flag("--lora_r", type=int, default=8, help="rank; 0 trains all weights")
-    flag("--lora_alpha", type=float, default=32, help="scaling is alpha / r")
-    flag("--lora_dropout", type=float, default=0.1,
-         help="used only by methods that never see the reference")
-    flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], help="linear layers")
-    flag = parser.add_argument_group("size").add_argument
-    flag("--max_length", type=int, default=1024, help="tokens of prompt + response")
-    flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
-    flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
-    flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
-    flag("--gradient_checkpointing", action="store_true",
-         help="run each layer again in the backward: less memory, a third more time")
-    flag("--kernels", choices=("auto", "triton", "torch"), default="auto",
-         help="log-probs by the Triton kernel or plain torch; auto: Triton on a GPU")
+    add_model_flags(parser)
     flag = parser.add_argument_group("logging and saving").add_argument
     flag("--logging_steps", type=int, default=10, help="steps per logged line")
     flag("--save_steps", type=int, default=100, help="steps per checkpoint")
@@ -245,7 +265,7 @@ def prepare(args, rank: int, device):
     if not batches:
         raise ValueError(f"--num_train_epochs {args.num_train_epochs} gives no step")
     model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
-                       device)
+                       "cpu" if args.fsdp else device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the embedding of "
                          f"{args.model_name_or_path} only {model.config.vocab_size} rows")
@@ -269,6 +289,10 @@ def prepare(args, rank: int, device):
             add_score_head(model)
     elif method.reference != "none":
         reference = partial(frozen_copy, base)
+    if args.fsdp:
+        shard_layers(model, device)
+    if args.compile:
+        compile_layers(model)
     references = [partial(frozen_copy, other) if other else reference for other in adapted]
     if rank == 0:
         print(f"training on {len(trees)} prompts, {batch_counts(trees)}; held out: "
@@ -286,6 +310,7 @@ def main(argv=None) -> None:
     torch.set_flush_denormal(True)
     rank, world_size, device = set_up_processes()
     choose_linear_logps(args.kernels, device.type)           # refuses, or says so, before the start
+    choose_attention(args.attention, device.type)
     if args.dataset is None:
         if rank == 0:
             ensure_world()
@@ -313,13 +338,15 @@ def main(argv=None) -> None:
             mean_logps=args.logp_reduction == "mean", micro_tokens=args.micro_tokens,
             linear_logps=choose_linear_logps(args.kernels, device.type), rank=rank,
             world_size=world_size, stop=stop)
-    elif method.reference != "none" and sum(map(len, batches)) > len(trees):    # several epochs
+    elif method.reference != "none" and sum(map(len, batches)) > len(trees) and not args.fsdp:
+        # several epochs; ranks that share a sharded model would have to ask it in step
         key = reference_key(trees, args.model_name_or_path, args.sft_adapter, method.reference,
-                            args.logp_reduction, args.bf16, args.micro_tokens, args.kernels)
+                            args.logp_reduction, args.bf16, args.micro_tokens, args.kernels,
+                            args.attention, args.compile)
         trees = keep_reference(
             args.output_dir, key, reference, trees, method.reference,
             args.logp_reduction == "mean", args.micro_tokens,
-            choose_linear_logps(args.kernels, device.type), rank, world_size, stop)
+            choose_linear_logps(args.kernels, device.type), rank, world_size, stop, args.attention)
         reference = references = None    # with --lora_r 0 it was a copy of the whole model
     train(args, method, model, reference, trees, batches, rank, world_size, device, stop, anchored)
     if rank == 0:

@@ -12,11 +12,12 @@ A response's last token (EOS) is predicted but predicts nothing, so it is a labe
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from model import attention_segments
+from attention import attention_segments, to_device
 from tokenizer import encode_dialogue
 
 MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
@@ -107,19 +108,27 @@ class Stream:
     position_ids: Tensor     # [T] int64
     tree_ids: Tensor         # [T] int64
     branch_ids: Tensor       # [T] int64
-    segments: list           # [(start, end, mask)], see model.attention_segments
-    predict_from: Tensor     # [N] int64   stream position whose hidden state predicts ...
+    segments: object         # who sees whom, see attention.attention_segments
+    rows: Tensor             # [S] int64   stream positions that predict anything, S <= N
+    row_ids: Tensor          # [N] int64   which of these rows' hidden state predicts ...
     labels: Tensor           # [N] int64   ... this token ...
     response_ids: Tensor     # [N] int64   ... of this response
     scores: Tensor           # [R] float32
     pairs: Tensor            # [P, 2] int64   (chosen, rejected) responses
 
+    @property
+    def predict_from(self) -> Tensor:
+        """[N] int64   the stream position that predicts each label"""
+        return self.rows[self.row_ids]
 
-def build_stream(trees: list[Tree], device="cpu", wanted=None) -> Stream | None:
+
+def build_stream(trees: list[Tree], device="cpu", wanted=None,
+                 attention: str = "dense") -> Stream | None:
     """Lay trees end to end; None if nothing is wanted.
 
-    wanted   score -> bool: responses it refuses are left out of the tokens but keep their number,
-             so that log-probs of two streams over the same trees line up
+    wanted     score -> bool: responses it refuses are left out of the tokens but keep their number,
+               so that log-probs of two streams over the same trees line up
+    attention  how it will be computed, one of attention.ATTENTIONS
     """
     input_ids, position_ids, tree_ids, branch_ids = [], [], [], []
     predict_from, labels, owners, scores, pairs = [], [], [], [], []
@@ -145,14 +154,15 @@ def build_stream(trees: list[Tree], device="cpu", wanted=None) -> Stream | None:
         tree_ids += [number] * (len(input_ids) - start)
     if not input_ids:
         return None
-    segments = attention_segments(torch.tensor(tree_ids), torch.tensor(branch_ids))
-    to_device = lambda values: torch.tensor(values, device=device)               # noqa: E731
+    rows = list(dict.fromkeys(predict_from))            # of several responses the prompt's end once
+    number_of = {row: number for number, row in enumerate(rows)}
+    put = partial(to_device, device=device)
     return Stream(
-        to_device(input_ids), to_device(position_ids), to_device(tree_ids), to_device(branch_ids),
-        [(start, end, mask.to(device)) for start, end, mask in segments],
-        to_device(predict_from), to_device(labels), to_device(owners),
-        torch.tensor(scores, dtype=torch.float32, device=device),
-        torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2))
+        put(input_ids), put(position_ids), put(tree_ids), put(branch_ids),
+        attention_segments(tree_ids, branch_ids, device, attention),
+        put(rows), put([number_of[row] for row in predict_from]), put(labels),
+        put(owners), put(torch.tensor(scores, dtype=torch.float32)),
+        put(torch.tensor(pairs, dtype=torch.int64).view(-1, 2)))
 
 
 def prefix_stream(prompt_ids: list[int], responses: list[list[int]]):

@@ -8,12 +8,12 @@ from plain import plain_hidden, plain_log_probs, plain_logps, random_weights
 from torch.testing import assert_close
 
 import model as model_file
+from attention import attention
 from model import (
     Llama,
     LlamaConfig,
     RMSNorm,
     _UpcastLinear,
-    attention_segments,
     linear,
     rotary_angles,
     rotate,
@@ -188,7 +188,7 @@ def test_grouped_query_repeats_each_key_for_neighbouring_queries():
     # interleaving (0, 1, 0, 1) loads the checkpoint without complaint and computes another model.
     v = torch.tensor([10.0, 20.0]).view(1, 2, 1).expand(1, 2, 2)
     q, k = torch.ones(1, 4, 2), torch.ones(1, 2, 2)
-    mixed = model_file.attention(q, k, v)
+    mixed = attention(q, k, v)
     assert mixed[0, :, 0].tolist() == [10.0, 10.0, 20.0, 20.0]
 
 
@@ -254,68 +254,8 @@ def test_a_changed_prompt_token_is_seen_by_all_of_its_tree_and_no_other():
     assert torch.equal(moved, expected)
 
 
-def rule(tree_ids, branch_ids):
-    """The sentence at the top of model.py, one pair of positions at a time."""
-    size = len(tree_ids)
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    for i in range(size):
-        for j in range(i + 1):
-            mask[i, j] = (tree_ids[i] == tree_ids[j]
-                          and branch_ids[j] in (0, branch_ids[i]))
-    return mask
-
-
-def whole_mask(segments, size):
-    """The blocks put back into one [T, T] mask; outside them nothing is seen."""
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    for start, end, block in segments:
-        assert block.shape == (end - start, end - start)
-        mask[start:end, start:end] = block
-    return mask
-
-
-@pytest.mark.parametrize("block_tokens", [1, 12, 20, 10 ** 9])
-def test_attention_segments_follow_the_rule_at_any_block_size(monkeypatch, block_tokens):
-    # BLOCK_TOKENS trades speed for waste; it must not touch what sees what, nor the log-probs.
-    model, _ = make_model(GQA)
-    trees = random_trees()
-    expected = stream_logps(model, build_stream(trees))
-    monkeypatch.setattr(model_file, "BLOCK_TOKENS", block_tokens)
-    stream = build_stream(trees)
-    covered = [t for start, end, _ in stream.segments for t in range(start, end)]
-    assert covered == list(range(len(stream.input_ids)))
-    assert torch.equal(whole_mask(stream.segments, len(stream.input_ids)),
-                       rule(stream.tree_ids.tolist(), stream.branch_ids.tolist()))
-    assert_close(stream_logps(model, stream), expected, rtol=0, atol=1e-12)
-    if block_tokens == 1:
-        assert len(stream.segments) == len(trees)
-    if block_tokens == 10 ** 9:
-        assert len(stream.segments) == 1
-
-
-@pytest.mark.parametrize("sizes, spans", [
-    ([100, 100, 56], [(0, 256)]),                       # just fits
-    ([100, 100, 57], [(0, 200), (200, 257)]),           # one token too many
-    ([300, 10, 10], [(0, 300), (300, 320)]),            # too large: alone, not cut
-    ([10, 300, 10], [(0, 10), (10, 310), (310, 320)]),
-    ([256, 1, 255, 1], [(0, 256), (256, 512), (512, 513)]),
-    ([400], [(0, 400)]),
-])
-def test_blocks_merge_trees_up_to_256_tokens(sizes, spans):
-    # By hand, at BLOCK_TOKENS = 256: whole trees, in order, greedily.
-    assert model_file.BLOCK_TOKENS == 256
-    tree_ids = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
-    segments = attention_segments(tree_ids, torch.zeros_like(tree_ids))
-    assert [(start, end) for start, end, _ in segments] == spans
-    for start, end, mask in segments:
-        same = tree_ids[start:end, None] == tree_ids[start:end]
-        assert mask.dtype == torch.bool and torch.equal(mask, same.tril())
-
-
 # ---- the reference when all weights are trained -------------------------------------------------
 
-# BUG in step.py: sequence_logps multiplies the reference's hidden states by the policy's head,
-# which --lora_r 0 trains. Remove the mark with the fix.
 def test_reference_keeps_its_own_head_when_the_head_is_trained():
     # Full fine-tuning: policy and reference are two models with two heads. One step on the head
     # alone must move log π and leave log π_ref where plain.py has it.

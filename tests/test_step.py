@@ -320,3 +320,22 @@ def test_metrics_file_is_json_lines_of_known_keys(tmp_path):
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["loss"] == 0.5 and line["tokens"] == 100
     assert [line.get(key) for key in METRICS] == [1.5, None, -2.0, None, 0.5]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "class"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_micro_batch_reads_nothing_back_from_the_device(name, reduction):
+    # A GPU that is asked for a number in the middle of a step is waited for, and then waits itself
+    # while the host prepares the next micro-batch. A meta tensor has no values: what asks for one
+    # (.item(), .tolist(), boolean masks, bincount) raises. Bugs this caught: scores.tolist() in the
+    # weights of losses and in the metrics, and a bincount in the rewards.
+    method = METHODS[name]
+    model = make_model(torch.float32, score_head=method.p == "rewards").to("meta")
+    trees = make_trees()
+    if name == "d2o":
+        method, trees = replace(method, loss=partial(method.loss, alpha=0.1)), anchored(trees)
+    totals = backward_batch(model, partial(adapters_off, model), method, trees, batch_counts(trees),
+                            beta=0.1, log_z=0.0, mean_logps=False, reduction=reduction,
+                            micro_tokens=60, device="meta")
+    assert totals.device.type == "meta"
+    assert all(p.grad.device.type == "meta" for p in trainable(model).values())

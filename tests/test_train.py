@@ -210,3 +210,48 @@ def test_a_plan_is_whole_epochs_then_a_fraction():
     assert sorted(sum(plan[:3], [])) == list(range(10)) and plan[:3] != plan[3:]
     assert len(plan_batches(trees, "all", 4, 1.5, -1, seed=0)) == 4     # half of six steps is 4.5
     assert plan_batches(trees, "all", 4, 1.0, 5, seed=0) == plan[:5]    # max_steps goes on
+
+
+@pytest.mark.parametrize("flags", [
+    "--method ulma --batch_size 3 --micro_tokens 40",
+    "--method dpo --batch_size 1 --gradient_checkpointing"], ids=lambda flags: flags.split()[1])
+def test_sharded_layers_train_the_same_adapter(tiny_model, pairs_file, tmp_path, flags):
+    # FSDP2 gathers a layer's weights on all ranks at a time: a rank with fewer micro-batches, with
+    # no response that needs a reference, or with nothing at all (batches of one tree) must run as
+    # many passes as the others, or they wait for ever. Values, gradients and log are those of DDP.
+    points = tmp_path / "points.jsonl"               # two good responses in three, one a prompt
+    points.write_text("".join(
+        json.dumps({"prompt": row["prompt"] + str(n), "completion": row["chosen"],
+                    "label": n % 3 > 0}) + "\n"
+        for n, row in enumerate(map(json.loads, pairs_file.read_text().splitlines()))))
+    data = pairs_file if "dpo" in flags else points
+    flags = [*flags.split(), "--max_steps", "12"]
+    finish(tiny_model, data, tmp_path / "whole", *flags, ranks=2)
+    finish(tiny_model, data, tmp_path / "sharded", *flags, "--fsdp", ranks=2)
+    assert logged(tmp_path / "sharded") == logged(tmp_path / "whole")
+    assert adapter_hash(tmp_path / "sharded") == adapter_hash(tmp_path / "whole")
+
+
+def test_a_sharded_layer_is_whole_only_while_it_runs(tmp_path):
+    # Bug this catches: without a common root every layer is FSDP's root, and roots stay gathered
+    # after their forward: the whole model in the memory of every rank.
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""
+import sys, torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from loop import set_up_processes, shard_layers
+from test_step import make_model
+set_up_processes()
+model = shard_layers(make_model(), "cpu")
+with torch.no_grad():
+    model(torch.arange(9))
+for layer in model.model.layers:
+    assert layer.mlp.up_proj.weight.to_local().numel() == 48 * 32 // 2
+    assert layer.self_attn.q_proj.lora_A.shape == (4, 32)
+assert model.lm_head.weight.shape == (97, 32)
+torch.distributed.barrier()
+""")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", str(script)], env=QUIET, capture_output=True,
+                         text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
