@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test oracles reproduce bench bench-kernel clean
+.PHONY: demo test oracles reproduce bench bench-step-gpu bench-kernel clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,13 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) \
 	  --precision fp32 --out bench/results/step.json
 	.venv-bench/bin/python bench/generate.py --out bench/results/generate.json
+
+# The same at 7B's size in bf16 on one H200, by a PYTHON that has torch for it; TRL's steps are taken
+# where bench/requirements.txt is installed too.
+bench-step-gpu:
+	$(PYTHON) bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) --device cuda --size 7b \
+	  --precision bf16 --pairs 64 --micro_tokens 8192 --together 2 \
+	  --out bench/results/step-7b.json
 
 # The vocabulary head alone; on a GPU its tests first, then 7B's size in bf16.
 bench-kernel: .venv-bench/ready

@@ -25,6 +25,7 @@ from data import Tokenizer, read_hh                                      # noqa:
 from lora import add_lora                                                # noqa: E402
 from model import Llama, LlamaConfig                                     # noqa: E402
 from step import METHODS, NEEDS_REFERENCE, adapters_off, backward_batch, batch_counts  # noqa: E402
+from task import LORA_ALPHA, LORA_R, LORA_TARGETS, SIZES, random_weights_  # noqa: E402
 from trees import Tree, build_stream, make_trees                         # noqa: E402
 
 KINDS = {      # kind: parts of operator names
@@ -39,12 +40,14 @@ KINDS = {      # kind: parts of operator names
                "aten::clone")}
 
 
-def make_model() -> Llama:
+def make_model(size: str = "small", dtype=torch.float32, device: str = "cpu") -> Llama:
     """bench/step.py's model, of random weights, with an adapter whose update is zero."""
-    torch.manual_seed(0)
-    return add_lora(Llama(LlamaConfig(
-        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)),
-        r=8, alpha=32, dropout=0.0, target_modules=("q_proj", "v_proj"))
+    with torch.device("meta"):                      # its first weights would be float32, on a CPU
+        model = Llama(LlamaConfig(**SIZES[size]))
+    model = add_lora(model.to(dtype).to_empty(device=device), r=LORA_R, alpha=LORA_ALPHA,
+                     dropout=0.0, target_modules=LORA_TARGETS)
+    random_weights_(model)
+    return model
 
 
 def hh_trees(dataset: str, tokenizer: str, pairs: int) -> list[Tree]:
@@ -61,6 +64,12 @@ def training_step(model: Llama, method: str, trees: list[Tree]):
                    micro_tokens=1024)
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def where_and_how() -> dict:
     """Machine, versions and command of a result; of files in the command only the names."""
     return {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -72,14 +81,22 @@ def kind_of(operator: str) -> str:
                  if any(part in operator for part in parts)), "everything else")
 
 
-def matrix_rate(size: int = 1024, repeats: int = 8) -> float:
-    """FLOP/s of a square product, the best of some: what this thread can do."""
-    a, b = torch.randn(2, size, size)
+def matrix_rate(device: str = "cpu") -> float:
+    """FLOP/s of a large square product, the best of some: what this device can do.
+
+    On a CPU 1024³ in float32 with this process's threads, on a GPU 8192³ in bfloat16.
+    """
+    size, dtype, products = ((8192, torch.bfloat16, 10) if device == "cuda"  # launches are hidden
+                             else (1024, torch.float32, 1))
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(8):
+        synchronize(device)
         start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
+        for _ in range(products):
+            a @ b
+        synchronize(device)
+        seconds.append((time.perf_counter() - start) / products)
     return 2 * size ** 3 / min(seconds)
 
 
