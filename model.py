@@ -314,7 +314,7 @@ class Llama(nn.Module):
 def compile_layers(model: Llama, backend: str = "inductor") -> Llama:
     """Let torch.compile fuse what every layer computes beside its products and its attention.
 
-    Layers share their code: what is compiled is the first, an inner and the last layer, each for the
+    Layers share their code: compiled are the first, an inner and the last one, each for the
     policy and for the reference, and for streams of any length. The attention stays as it is: how
     many blocks a stream has would be compiled in, anew for every stream.
     """

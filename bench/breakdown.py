@@ -102,17 +102,23 @@ def matrix_rate(device: str = "cpu") -> float:
 
 def necessary_flops(model: Llama, method: str, trees) -> float:
     """Forward 2, backward 2, reference forward 2 per weight and token (frozen weights have no
-    gradient); the same for the head's rows; attention over the pairs a token sees."""
+    gradient); the same for the head's rows; attention over the pairs a token sees. Behind the last
+    attention only rows that predict something count."""
     config, wanted = model.config, NEEDS_REFERENCE[METHODS[method].reference]
-    weights = sum(layer.weight.numel() for name, layer in model.named_modules()
-                  if name.endswith("_proj"))
+    weights = {name: layer.weight.numel() for name, layer in model.named_modules()
+               if name.endswith("_proj")}
+    behind = sum(n for name, n in weights.items() if f".{config.num_hidden_layers - 1}." in name
+                 and not name.endswith(("q_proj", "k_proj", "v_proj")))
+    weights = sum(weights.values())
     head, width, total = model.lm_head.weight.numel(), config.hidden_size, 0.0
     for stream, passes in ((build_stream(trees), 2), (build_stream(trees, wanted=wanted), 1)):
         if stream is None:
             continue
         seen = sum(int(mask.sum()) for _, _, mask in stream.segments)
         attention = 4 * seen * width * config.num_hidden_layers
-        total += passes * 2 * (weights * len(stream.input_ids) + head * len(stream.labels))
+        tokens, rows = len(stream.input_ids), len(stream.rows)
+        total += passes * 2 * ((weights - behind) * tokens + behind * rows
+                               + head * len(stream.labels))
         total += attention * (3.5 if passes == 2 else 1)       # its backward is 2.5 forwards
     return total
 

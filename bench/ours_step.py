@@ -4,6 +4,8 @@
     ours-ulma          ULMA on the same responses (no reference for the good ones)
     ours-d2o           D2O: a bad response and K = 11 anchors share their prompt in one tree
     ours-d2o-unshared  the very same step with a copy of the prompt for each of the 12
+    …-varlen, -flex    the same with that attention, see attention.py; on a GPU only
+    …-compiled         the same with compiled layers
 
 All run their reference in the step, as the first epoch does.
 """
@@ -14,7 +16,11 @@ from pathlib import Path
 from task import BETA, DTYPES, LEARNING_RATE, MAX_GRAD_NORM
 
 # name: arguments of backward_batch beside those below. The second word is the method.
-OURS = {"ours-dpo": {}, "ours-ulma": {}, "ours-d2o": {}, "ours-d2o-unshared": {}}
+OURS = {"ours-dpo": {}, "ours-dpo-compiled": {}, "ours-dpo-varlen": {"attention": "varlen"},
+        "ours-dpo-flex": {"attention": "flex"},
+        "ours-dpo-varlen-compiled": {"attention": "varlen"}, "ours-ulma": {},
+        "ours-ulma-varlen-compiled": {"attention": "varlen"}, "ours-d2o": {},
+        "ours-d2o-unshared": {}}
 
 
 def trees_of(folder: Path, method: str) -> list:
@@ -78,6 +84,7 @@ def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
     import torch
     from breakdown import make_model, matrix_rate, necessary_flops
     from kernels import choose_linear_logps
+    from model import compile_layers
     from step import METHODS, adapters_off, backward_batch, batch_counts
 
     method_name = name.split("-")[1]
@@ -90,6 +97,8 @@ def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
     said = {"matrix_flops_per_s": matrix_rate(device), "micro_tokens": micro_tokens,
             "necessary_flops": necessary_flops(model, method_name, trees),
             "kernels": choose_linear_logps("auto", device).__name__}
+    if name.endswith("-compiled"):
+        compile_layers(model)
     if name.endswith("-unshared"):
         trees = copy_prompts(trees)
 
