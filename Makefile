@@ -50,9 +50,10 @@ bench: .venv-bench/ready
 	  --precision fp32 --out bench/results/step.json
 	.venv-bench/bin/python bench/generate.py --out bench/results/generate.json
 
-# The same at 7B's size in bf16 on one H200, by a PYTHON that has torch for it; TRL's steps are taken
-# where bench/requirements.txt is installed too.
+# The same at 7B's size in bf16 on one H200, by a PYTHON that has torch for it, after a check of every
+# way of attention; TRL's steps are taken where bench/requirements.txt is installed too.
 bench-step-gpu:
+	$(PYTHON) bench/attention.py --dataset $(HH) --tokenizer $(TOKENIZER)
 	$(PYTHON) bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) --device cuda --size 7b \
 	  --precision bf16 --pairs 64 --micro_tokens 8192 --together 2 \
 	  --out bench/results/step-7b.json
