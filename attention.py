@@ -35,14 +35,15 @@ def to_device(values, device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def choose_attention(name: str, device_type: str) -> None:
+def choose_attention(name: str, device_type: str, bf16: bool) -> None:
     """Raise ValueError, one sentence, for a way of attention that cannot run here."""
-    if name != "dense" and (device_type != "cuda" or varlen_attn is None):
-        raise ValueError(f"--attention {name} needs a GPU and torch 2.10 or newer; dense runs "
-                         "everywhere")
+    if name != "dense" and device_type != "cuda":
+        raise ValueError(f"--attention {name} needs a GPU; dense runs everywhere")
+    if name == "varlen" and not (bf16 and varlen_attn):
+        raise ValueError("--attention varlen needs --bf16, and the torch of requirements.txt")
 
 
-# ---- what is prepared once per stream, on the host ----------------------------------------------
+# ---- what is prepared once per stream, on the host (flex's block mask: on the device) ------------
 
 def attention_segments(tree_ids: list[int], branch_ids: list[int], device="cpu",
                        how: str = "dense"):
@@ -61,8 +62,8 @@ def attention_segments(tree_ids: list[int], branch_ids: list[int], device="cpu",
             same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
             return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
         return create_block_mask(sees, None, None, len(tree_ids), len(tree_ids), device=device)
-    return [(start, end, to_device(mask, device))
-            for start, end, mask in dense_blocks(tree_ids, branch_ids)]
+    return DenseSegments([(start, end, to_device(mask, device))
+                          for start, end, mask in dense_blocks(tree_ids, branch_ids)])
 
 
 def dense_blocks(tree_ids: Tensor, branch_ids: Tensor) -> list[tuple[int, int, Tensor]]:
@@ -86,6 +87,18 @@ def dense_blocks(tree_ids: Tensor, branch_ids: Tensor) -> list[tuple[int, int, T
         mask &= (branch[None] == 0) | (branch[:, None] == branch[None])
         blocks.append((start, end, mask.tril_()))
     return blocks
+
+
+@dataclass(frozen=True)
+class DenseSegments:
+    """What `dense_blocks` gives; not a plain list, whose length torch.compile would look at."""
+    blocks: list
+
+    def __iter__(self):
+        return iter(self.blocks)
+
+    def __len__(self):
+        return len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,8 @@ def varlen_segments(tree_ids: list[int], branch_ids: list[int], device="cpu") ->
 # ---- what every layer runs ----------------------------------------------------------------------
 
 class _GatherKeys(torch.autograd.Function):
-    """x[key_rows]; the backward adds the copies of a row in order, so that it has the same bits on
-    every run (index_select's own adds them as they come, on a GPU)."""
+    """x[key_rows]; the backward adds the copies of a row in order, in float32 or wider (on a GPU
+    index_select's own adds them as they come, in x's precision)."""
 
     @staticmethod
     def forward(ctx, x, segments):
@@ -139,10 +152,11 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (_, places), *more = ctx.segments.readers              # every row has a first copy
-        total = grad.index_select(0, places)                                     # [T, H, Dh]
+        total = grad.index_select(0, places)                                     # [T, Hkv, Dh]
+        total = total.to(torch.promote_types(grad.dtype, torch.float32))
         for rows, places in more:                              # rows are distinct: nothing races
-            total.index_add_(0, rows, grad.index_select(0, places))
-        return total, None
+            total.index_add_(0, rows, grad.index_select(0, places).to(total.dtype))
+        return total.to(grad.dtype), None
 
 
 @cache
@@ -156,10 +170,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments=None) -> Tensor:
     segments   from `attention_segments`; None = one plain causal sequence
     """
     groups = q.shape[1] // k.shape[1]          # grouped-query attention: one k, v for many q
+    if isinstance(segments, VarlenSegments):
+        k, v = _GatherKeys.apply(k, segments), _GatherKeys.apply(v, segments)    # [T', Hkv, Dh]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if isinstance(segments, VarlenSegments):
-        k, v = _GatherKeys.apply(k, segments), _GatherKeys.apply(v, segments)    # [T', H, Dh]
         # (-1, 0) is causal from the bottom right: a response's last token sees its last key
         return varlen_attn(q, k, v, segments.queries_until, segments.keys_until,
                            segments.max_queries, segments.max_keys, window_size=(-1, 0))

@@ -114,7 +114,7 @@ def frozen_copy(model):
 def scored_hidden(model: Llama, stream: Stream) -> Tensor:
     """The hidden state that predicts each label of a stream: [N, D].
 
-    The last layer is computed for these only; for all where weights are trained, so that the
+    The last layer is computed for these only; for all where all weights are trained, so that the
     order of their gradient's sums, and with it every bit, does not hang on this saving.
     """
     rows = None if model.lm_head.weight.requires_grad else stream.rows

@@ -86,13 +86,14 @@ def train(args, method, model: Llama, reference, trees: list[Tree], batches: lis
             group["lr"] = lr
         torch.manual_seed(((args.seed * 1_000_003) + step) * 4099 + rank)        # dropout
         shards = shard(batch, world_size)
-        most = max(len(micro_batches(part, method, args.micro_tokens)) for part in shards)
+        most = max(len(micro_batches(part, method, args.micro_tokens))
+                   for part in shards) if args.fsdp else 0
         totals = backward_batch(
             model, reference, method, shards[rank], batch_counts(batch),
             beta=args.beta, log_z=args.log_z, mean_logps=args.logp_reduction == "mean",
             reduction=args.reduction, micro_tokens=args.micro_tokens, device=device,
             linear_logps=choose_linear_logps(args.kernels, device.type), attention=args.attention,
-            lockstep=most if args.fsdp else 0)
+            lockstep=most)
         extras = torch.cat([totals, totals.new_tensor([stop.signal])])
         (*totals, stop_signal), grad_norm = optimizer_step(
             optimizer, parameters, extras, args.max_grad_norm,
@@ -163,8 +164,9 @@ def check_flags(args) -> None:
                          "--lora_r 0, --sft_adapter (merge it with export.py) or --method d2o")
     if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise ValueError("--fsdp needs two or more processes: torchrun --nproc_per_node=2 train.py")
-    if args.compile and args.method == "d2o":
-        raise ValueError("--compile is for training alone; --method d2o also generates its anchors")
+    if args.method == "d2o" and (args.compile or args.attention != "dense"):
+        raise ValueError("--compile and --attention are for training alone; --method d2o also "
+                         "generates its anchors")
     if args.bf16 and args.lora_r == 0:
         raise ValueError("--bf16 with --lora_r 0 would round AdamW's updates away; train all "
                          "weights in float32")
@@ -310,7 +312,7 @@ def main(argv=None) -> None:
     torch.set_flush_denormal(True)
     rank, world_size, device = set_up_processes()
     choose_linear_logps(args.kernels, device.type)           # refuses, or says so, before the start
-    choose_attention(args.attention, device.type)
+    choose_attention(args.attention, device.type, args.bf16)
     if args.dataset is None:
         if rank == 0:
             ensure_world()

@@ -22,6 +22,7 @@ from tokenizer import encode_dialogue
 
 MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
 
+
 @dataclass(frozen=True)
 class Tree:
     """One prompt and its responses as token ids.

@@ -330,14 +330,15 @@ def main() -> None:
                         help="implementations to run (default: what makes sense on the device)")
     parser.add_argument("--together", type=int, default=0,
                         help="processes of one method side by side; 0: all of all methods")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS,
-                        help="dtypes of the frozen weights")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS,
+                        help="dtypes of the frozen weights (default: both; on a GPU bf16)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/step.json"),
                         help="every timing and loss, JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)           # what `spawn` starts
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.only = args.only or DEFAULT[args.device]
+    args.precision = args.precision or (PRECISIONS[1:] if args.device == "cuda" else PRECISIONS)
     for micro in (TRL_PAIRS, args.tuned_pairs):      # or the mean over micro-batches is another
         if args.pairs > micro and args.pairs % micro:
             parser.error(f"--pairs {args.pairs} must be a multiple of TRL's {micro}, or less")

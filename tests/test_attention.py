@@ -125,10 +125,13 @@ def test_varlen_and_flex_equal_the_dense_blocks(monkeypatch, how, kv_heads):
 
 
 def test_attention_that_cannot_run_here_is_refused():
-    choose_attention("dense", "cpu")
+    choose_attention("dense", "cpu", False)
+    choose_attention("varlen", "cuda", True)
     for how in ("varlen", "flex"):
         with pytest.raises(ValueError, match=f"--attention {how} needs a GPU"):
-            choose_attention(how, "cpu")
+            choose_attention(how, "cpu", True)
+    with pytest.raises(ValueError, match="--attention varlen needs --bf16"):
+        choose_attention("varlen", "cuda", False)
 
 
 # ---- only the rows that are asked for; compiled layers ------------------------------------------
@@ -151,10 +154,11 @@ def test_rows_are_those_of_the_whole_stream_and_so_are_their_gradients():
             assert_close(mine, wanted, rtol=0, atol=1e-12)
 
 
-def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_lengths():
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
     # torch would compile a layer anew for every number of blocks and every length, and give up
     # after eight; here the attention stays outside and lengths are dynamic. aot_eager: all but the
     # code generation, which needs a C++ compiler.
+    monkeypatch.setattr(attention_file, "BLOCK_TOKENS", 1)       # as many blocks as trees
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
