@@ -114,10 +114,12 @@ def frozen_copy(model):
 def scored_hidden(model: Llama, stream: Stream) -> Tensor:
     """The hidden state that predicts each label of a stream: [N, D].
 
-    The last layer is computed for these only; for all where all weights are trained, so that the
-    order of their gradient's sums, and with it every bit, does not hang on this saving.
+    Behind its attention the last layer is computed for these only; for all where something there is
+    trained, so that its dropout and the order of its gradient's sums do not hang on this saving.
     """
-    rows = None if model.lm_head.weight.requires_grad else stream.rows
+    last = model.model.layers[-1]
+    behind = [*last.self_attn.o_proj.parameters(), *last.mlp.parameters(), model.lm_head.weight]
+    rows = None if any(p.requires_grad for p in behind) else stream.rows
     hidden = model(stream.input_ids, stream.position_ids, stream.segments, rows=rows)
     return hidden.index_select(0, stream.predict_from if rows is None else stream.row_ids)
 
