@@ -11,7 +11,8 @@ through the reference (adapters off) only for the responses whose loss asks for 
 divided by the count of the whole global batch, so neither packing nor the number of ranks changes
 the gradient; gradients and metrics are summed over ranks in one all-reduce; AdamW steps.
 
-The same command continues a run that was killed, to the same bits (same number of ranks).
+The same command continues a run that was killed, on a CPU to the same bits (same number of
+ranks).
 """
 import argparse
 import copy
