@@ -3,7 +3,7 @@
     Position i sees position j iff j <= i, the same tree, and j is in the shared prompt or in i's
     own response.
 
-    dense    blocks of a few trees, each under its mask: the specification, and what a CPU runs
+    dense    blocks of a few trees, each under its masks: the specification, and what a CPU runs
     varlen   every prompt and every response is a segment; a response's keys are its prompt and
              itself. No mask, nothing computed that is not seen (needs a GPU)
     flex     the rule itself, compiled over blocks of 128 x 128 positions (FlexAttention; needs a
@@ -11,7 +11,7 @@
 """
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ except ImportError:                     # torch before 2.10
 
 ATTENTIONS = ("dense", "varlen", "flex")
 BLOCK_TOKENS = 256      # small trees share one dense block up to this size
+STRIP_TOKENS = 128      # on a CPU a larger block is cut into strips of so many rows: of what its
+                        # causal mask hides most is never computed. On a GPU launches cost more.
 
 
 def to_device(values, device) -> Tensor:
@@ -62,14 +64,15 @@ def attention_segments(tree_ids: list[int], branch_ids: list[int], device="cpu",
             same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
             return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
         return create_block_mask(sees, None, None, len(tree_ids), len(tree_ids), device=device)
-    return DenseSegments([(start, end, to_device(mask, device))
-                          for start, end, mask in dense_blocks(tree_ids, branch_ids)])
+    strip_tokens = STRIP_TOKENS if torch.device(device).type == "cpu" else len(tree_ids)
+    return DenseSegments(dense_blocks(tree_ids, branch_ids, strip_tokens)).to(device)
 
 
-def dense_blocks(tree_ids: Tensor, branch_ids: Tensor) -> list[tuple[int, int, Tensor]]:
-    """Cut a stream into blocks that do not see each other, each with its mask.
+def dense_blocks(tree_ids: Tensor, branch_ids: Tensor, strip_tokens: int) -> list[list[Tensor]]:
+    """Cut a stream into blocks that do not see each other, each a list of its strips' masks.
 
-    returns  [(start, end, mask)], mask [end - start, end - start] bool, True = sees
+    returns  masks [rows, keys] bool, True = sees: strips hold a block's rows in order; the keys are
+             those from the block's start to the strip's end
     Whole trees, merged up to BLOCK_TOKENS: the cost stays linear in the number of trees.
     """
     _, sizes = tree_ids.unique_consecutive(return_counts=True)
@@ -85,20 +88,20 @@ def dense_blocks(tree_ids: Tensor, branch_ids: Tensor) -> list[tuple[int, int, T
         tree, branch = tree_ids[start:end], branch_ids[start:end]                # [n]
         mask = tree[:, None] == tree[None]                                       # [n, n]
         mask &= (branch[None] == 0) | (branch[:, None] == branch[None])
-        blocks.append((start, end, mask.tril_()))
+        strips = mask.tril_().split(len(mask) if len(mask) <= BLOCK_TOKENS else strip_tokens)
+        ends = accumulate(map(len, strips))
+        blocks.append([strip[:, :end].contiguous() for strip, end in zip(strips, ends)])
     return blocks
 
 
 @dataclass(frozen=True)
 class DenseSegments:
     """What `dense_blocks` gives; not a plain list, whose length torch.compile would look at."""
-    blocks: list
+    blocks: list[list[Tensor]]
 
-    def __iter__(self):
-        return iter(self.blocks)
-
-    def __len__(self):
-        return len(self.blocks)
+    def to(self, device):
+        return DenseSegments([[to_device(mask, device) for mask in masks]
+                              for masks in self.blocks])
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments=None) -> Tensor:
         return flex(q, k, v, block_mask=segments)[0].transpose(0, 1)
     if segments is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
-    outputs = [F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, start:end],
-                                              v[:, :, start:end], attn_mask=mask)
-               for start, end, mask in segments]                                 # [1, H, n, Dh]
+    sizes, outputs = [masks[-1].shape[1] for masks in segments.blocks], []
+    # split, not slices, whose gradients are each as large as what they are cut from
+    for masks, q, k, v in zip(segments.blocks, *(t.split(sizes, dim=2) for t in (q, k, v))):
+        for mask, rows in zip(masks, q.split([len(mask) for mask in masks], dim=2)):
+            outputs.append(F.scaled_dot_product_attention(
+                rows, k[:, :, :mask.shape[1]], v[:, :, :mask.shape[1]], attn_mask=mask))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)                          # [T, H, Dh]

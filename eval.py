@@ -77,8 +77,8 @@ def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tens
                 prompt_ids, ids[i:i + ANSWERS_PER_OPENING])
             input_ids, position_ids, parents = (torch.tensor(t, device=device)
                                                 for t in (*stream, parents))
-            segments = [(start, end, mask.to(device)) for start, end, mask in segments]
-            hidden = model(input_ids, position_ids, segments)[parents[len(prompt_ids):]]   # [N, D]
+            hidden = model(input_ids, position_ids, segments.to(device))         # [T, D]
+            hidden = hidden[parents[len(prompt_ids):]]                           # [N, D]
             per_token_logps, _ = linear_logps(
                 hidden, hidden[:0], model.lm_head.weight, input_ids[len(prompt_ids):],
                 input_ids[:0])                                                   # [N]

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attention import attention_segments, to_device
+from attention import DenseSegments, attention_segments, to_device
 from tokenizer import encode_dialogue
 
 MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
@@ -194,7 +194,7 @@ def prefix_stream(prompt_ids: list[int], responses: list[list[int]]):
     order = torch.arange(len(input_ids))                                         # [T]
     ends = torch.tensor([len(input_ids) if end is None else end for end in ends])
     mask = (order[None] <= order[:, None]) & (order[:, None] < ends[None])       # [T, T]
-    return input_ids, position_ids, [(0, len(input_ids), mask)], parents, paths
+    return input_ids, position_ids, DenseSegments([[mask]]), parents, paths
 
 
 def pack(trees: list[Tree], micro_tokens: int) -> list[list[Tree]]:

@@ -114,7 +114,7 @@ def necessary_flops(model: Llama, method: str, trees) -> float:
     for stream, passes in ((build_stream(trees), 2), (build_stream(trees, wanted=wanted), 1)):
         if stream is None:
             continue
-        seen = sum(int(mask.sum()) for _, _, mask in stream.segments)
+        seen = sum(int(mask.sum()) for masks in stream.segments.blocks for mask in masks)
         attention = 4 * seen * width * config.num_hidden_layers
         tokens, rows = len(stream.input_ids), len(stream.rows)
         total += passes * 2 * ((weights - behind) * tokens + behind * rows

@@ -3,11 +3,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_model import GQA, make_model, random_trees, stream_logps
+from test_model import GQA, make_model, random_trees
 from torch.testing import assert_close
 
 import attention as attention_file
-from attention import attention, attention_segments, choose_attention, dense_blocks
+from attention import attention, attention_segments, choose_attention
 from model import compile_layers
 from trees import build_stream
 
@@ -23,13 +23,17 @@ def rule(tree_ids, branch_ids):
     return mask
 
 
-def whole_mask(segments, size):
-    """The blocks put back into one [T, T] mask; outside them nothing is seen."""
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    for start, end, block in segments:
-        assert block.shape == (end - start, end - start)
-        mask[start:end, start:end] = block
-    return mask
+def whole_mask(segments):
+    """Dense blocks and their strips put back into one [T, T] mask; outside them nothing is seen."""
+    sizes = [masks[-1].shape[1] for masks in segments.blocks]
+    whole, row, start = torch.zeros(sum(sizes), sum(sizes), dtype=torch.bool), 0, 0
+    for masks, size in zip(segments.blocks, sizes):
+        for mask in masks:
+            assert mask.dtype == torch.bool and start + mask.shape[1] == row + len(mask)
+            whole[row:row + len(mask), start:start + mask.shape[1]] = mask
+            row += len(mask)
+        start += size
+    return whole
 
 
 def varlen_by_hand(q, k, v, queries_until, keys_until, max_q, max_k, *, window_size):
@@ -48,42 +52,56 @@ def varlen_by_hand(q, k, v, queries_until, keys_until, max_q, max_k, *, window_s
 
 # ---- dense --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("block_tokens", [1, 12, 20, 10 ** 9])
-def test_dense_blocks_follow_the_rule_at_any_block_size(monkeypatch, block_tokens):
-    # BLOCK_TOKENS trades speed for waste; it must not touch what sees what, nor the log-probs.
+@pytest.mark.parametrize("block_tokens, strip_tokens", [
+    (1, 10 ** 9), (12, 128), (20, 128), (10 ** 9, 128), (1, 1), (1, 3), (12, 4)])
+def test_dense_blocks_follow_the_rule_at_any_size(monkeypatch, block_tokens, strip_tokens):
+    # The two sizes trade speed for waste; they must not touch what sees what, nor the hidden
+    # states, nor a gradient.
     model, _ = make_model(GQA)
     trees = random_trees()
-    expected = stream_logps(model, build_stream(trees))
-    monkeypatch.setattr(attention_file, "BLOCK_TOKENS", block_tokens)
+
+    def hidden_and_gradients(stream):
+        hidden = model(stream.input_ids, stream.position_ids, stream.segments)
+        return hidden, *torch.autograd.grad(hidden.square().sum(), list(model.model.parameters()))
+
     stream = build_stream(trees)
-    covered = [t for start, end, _ in stream.segments for t in range(start, end)]
-    assert covered == list(range(len(stream.input_ids)))
-    assert torch.equal(whole_mask(stream.segments, len(stream.input_ids)),
+    assert [len(masks) for masks in stream.segments.blocks] == [1]
+    expected = hidden_and_gradients(stream)
+    monkeypatch.setattr(attention_file, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(attention_file, "STRIP_TOKENS", strip_tokens)
+    stream = build_stream(trees)
+    assert torch.equal(whole_mask(stream.segments),
                        rule(stream.tree_ids.tolist(), stream.branch_ids.tolist()))
-    assert_close(stream_logps(model, stream), expected, rtol=0, atol=1e-12)
-    if block_tokens == 1:
-        assert len(stream.segments) == len(trees)
-    if block_tokens == 10 ** 9:
-        assert len(stream.segments) == 1
+    for mine, wanted in zip(hidden_and_gradients(stream), expected):
+        assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
+    blocks = stream.segments.blocks
+    assert len(blocks) == {1: len(trees), 10 ** 9: 1}.get(block_tokens, len(blocks))
+    if strip_tokens == 1:
+        assert all(len(mask) == 1 for masks in blocks for mask in masks)
 
 
-@pytest.mark.parametrize("sizes, spans", [
-    ([100, 100, 56], [(0, 256)]),                       # just fits
-    ([100, 100, 57], [(0, 200), (200, 257)]),           # one token too many
-    ([300, 10, 10], [(0, 300), (300, 320)]),            # too large: alone, not cut
-    ([10, 300, 10], [(0, 10), (10, 310), (310, 320)]),
-    ([256, 1, 255, 1], [(0, 256), (256, 512), (512, 513)]),
-    ([400], [(0, 400)]),
+@pytest.mark.parametrize("sizes, blocks, strips", [
+    ([100, 100, 56], [256], [[256]]),                        # just fits
+    ([100, 100, 57], [200, 57], [[200], [57]]),              # one token too many
+    ([300, 10, 10], [300, 20], [[128, 128, 44], [20]]),      # too large: alone, in strips
+    ([10, 300, 10], [10, 300, 10], [[10], [128, 128, 44], [10]]),
+    ([256, 1, 255, 1], [256, 256, 1], [[256], [256], [1]]),
+    ([384], [384], [[128, 128, 128]]),
 ])
-def test_blocks_merge_trees_up_to_256_tokens(sizes, spans):
-    # By hand, at BLOCK_TOKENS = 256: whole trees, in order, greedily.
-    assert attention_file.BLOCK_TOKENS == 256
+def test_blocks_merge_trees_up_to_256_tokens_and_larger_ones_are_cut(sizes, blocks, strips):
+    # By hand, at BLOCK_TOKENS = 256, STRIP_TOKENS = 128: whole trees, in order, greedily.
+    assert (attention_file.BLOCK_TOKENS, attention_file.STRIP_TOKENS) == (256, 128)
     tree_ids = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
-    blocks = dense_blocks(tree_ids, torch.zeros_like(tree_ids))
-    assert [(start, end) for start, end, _ in blocks] == spans
-    for start, end, mask in blocks:
-        same = tree_ids[start:end, None] == tree_ids[start:end]
-        assert mask.dtype == torch.bool and torch.equal(mask, same.tril())
+    segments = attention_segments(tree_ids, torch.zeros_like(tree_ids))
+    assert [masks[-1].shape[1] for masks in segments.blocks] == blocks
+    assert [[len(mask) for mask in masks] for masks in segments.blocks] == strips
+    assert torch.equal(whole_mask(segments), (tree_ids[:, None] == tree_ids).tril())
+
+
+def test_a_gpu_gets_whole_blocks():
+    # there a launch costs more than what the mask hides
+    segments = attention_segments(torch.zeros(300), torch.zeros(300), "meta")
+    assert [[mask.shape for mask in masks] for masks in segments.blocks] == [[(300, 300)]]
 
 
 # ---- varlen and flex against it -----------------------------------------------------------------

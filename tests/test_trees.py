@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
+from test_attention import whole_mask
 
 from data import Record, Tokenizer, encode_dialogue
 from trees import (MAX_RESPONSES, Tree, build_stream, epoch_batches, make_trees, pack,
@@ -185,10 +186,7 @@ def test_stream_by_hand():
 
 def seen_by(stream, position) -> list[int]:
     """Input ids that a position sees, by the segments' masks."""
-    seen = [stream.input_ids[start:end][mask[position - start]].tolist()
-            for start, end, mask in stream.segments if start <= position < end]
-    assert len(seen) == 1
-    return seen[0]
+    return stream.input_ids[whole_mask(stream.segments)[position]].tolist()
 
 
 WANTED = {"all": None, "bad": lambda score: score < 1, "good": lambda score: score == 1}
@@ -313,13 +311,14 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
 
 def test_a_prefix_stream_holds_every_shared_prefix_once_and_sees_its_ancestors_only():
     # "ab", "abc", "ad", then "ab" again: the walk has left it, so it stands a second time
-    input_ids, position_ids, [(start, end, mask)], parents, paths = prefix_stream(
+    input_ids, position_ids, segments, parents, paths = prefix_stream(
         [7, 8], [[1, 2], [1, 2, 3], [1, 4], [1, 2]])
     assert input_ids == [7, 8, 1, 2, 3, 4, 2] and position_ids == [0, 1, 2, 3, 4, 3, 3]
     assert parents == [-1, 0, 1, 2, 3, 2, 2] and paths == [[2, 3], [2, 3, 4], [2, 5], [2, 6]]
+    mask = whole_mask(segments)
+    assert mask.shape == (7, 7)
     for i in range(len(input_ids)):
         ancestors, at = set(), i
         while at >= 0:
             ancestors, at = ancestors | {at}, parents[at]
         assert set(mask[i].nonzero().flatten().tolist()) == ancestors
-    assert (start, end) == (0, 7)
