@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_logps_torch, linear_logps_triton
-from kernels.linear_logps import logp_rows_triton_
+from kernels.linear_logps import _default_chunk_rows, logp_rows_triton_
 
 # Triton's interpreter runs the kernel on a CPU. It must be chosen before the kernel is defined, so
 # test_kernel_code.py runs this whole file once more with TRITON_INTERPRET=1.
@@ -519,6 +519,11 @@ def test_logits_of_all_rows_never_exist(trained_head):
     with Recorder(rows) as recorder:
         (logps.sum() - reference_logps.sum()).backward()
     assert recorder.largest() <= 4 * chunk_rows * vocab
+
+
+@pytest.mark.parametrize("vocab, chunk", [(768, 512), (16384, 512), (32000, 262), (10 ** 8, 1)])
+def test_a_chunk_on_a_cpu_is_512_rows_and_34_mb_at_most(vocab, chunk):
+    assert _default_chunk_rows(torch.empty(1, 1).expand(vocab, 1)) == chunk
 
 
 def test_one_buffer_serves_every_chunk():
