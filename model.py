@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention
@@ -236,6 +237,24 @@ class Attention(nn.Module):
         return self.o_proj(mixed if rows is None else mixed.index_select(0, rows))     # [T, D]
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, to the same bits; silu(gate) is not kept for the backward but computed again.
+
+    A third less of what a layer's MLP keeps, and two passes over memory fewer.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
 
@@ -246,7 +265,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))       # [T, D]
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))     # [T, D]
 
 
 class Layer(nn.Module):

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from plain import plain_hidden, plain_log_probs, plain_logps, random_weights
 from torch.testing import assert_close
 
@@ -13,6 +14,7 @@ from model import (
     Llama,
     LlamaConfig,
     RMSNorm,
+    _SwiGLU,
     _UpcastLinear,
     linear,
     rotary_angles,
@@ -147,6 +149,26 @@ def test_rms_norm_by_hand_and_in_float32():
     x = bf16_normal(50, 64, seed=0)
     truth = x.double() / (x.double() ** 2).mean(-1, keepdim=True).sqrt()
     assert_rounded_once(RMSNorm(64, eps=0.0).bfloat16()(x), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_swiglu_has_the_bits_of_autograd_and_keeps_its_two_inputs_only(dtype):
+    generator = torch.Generator().manual_seed(3)
+    gate, up, grad = (4 * torch.randn(7, 40, generator=generator).to(dtype) for _ in range(3))
+    gate[0, :4] = torch.tensor([0.0, 30.0, -30.0, -100.0])
+    copies, kept = [t.clone() for t in (gate, up, grad)], []
+    inputs = gate.requires_grad_(), up.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = _SwiGLU.apply(*inputs)
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in inputs]
+    plain = F.silu(gate) * up
+    assert torch.equal(found, plain)
+    for mine, wanted in zip(torch.autograd.grad(found, inputs, grad),
+                            torch.autograd.grad(plain, inputs, grad)):
+        assert torch.equal(mine, wanted)
+    assert all(torch.equal(t, copy) for t, copy in zip((*inputs, grad), copies))
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(_SwiGLU.apply, inputs)
 
 
 def test_rotary_angles_by_hand():
