@@ -215,7 +215,8 @@ def test_a_plan_is_whole_epochs_then_a_fraction():
 @pytest.mark.parametrize("flags", [
     "--method ulma --batch_size 3 --micro_tokens 40",
     "--method dpo --batch_size 1 --gradient_checkpointing",
-    "--method reward_model --lora_dropout 0 --batch_size 3 --micro_tokens 90"], ids=lambda flags: flags.split()[1])
+    "--method reward_model --lora_dropout 0 --batch_size 3 --micro_tokens 90"],
+    ids=lambda flags: flags.split()[1])
 def test_sharded_layers_train_the_same_adapter(tiny_model, pairs_file, tmp_path, flags):
     # FSDP2 gathers a layer's weights on all ranks at a time: a rank with fewer micro-batches, with
     # no response that needs a reference, or with nothing at all (batches of one tree) must run as
