@@ -2,8 +2,8 @@
 
     python bench/scale.py --dataset test.jsonl.gz --tokenizer tokenizer.model
 
-1. Forward and backward of 8, 32, 128 and 512 HH pairs, on one thread: seconds per pair and token.
-   Nothing is quadratic in the number of trees, so a token's cost should be flat.
+1. Forward and backward of the same 512 HH pairs in batches of 8, 64 and 512, on one thread: time
+   per pair. Nothing is quadratic in the number of trees, so it should be flat.
 2. 1, 2 and 4 gloo ranks, one thread each, the same 8 pairs on each (weak scaling): a whole step
    with its all-reduce; how many bytes it reduces, beside the size of the adapter.
 
@@ -26,29 +26,31 @@ from breakdown import ROOT, hh_trees, make_model, training_step, where_and_how
 from checkpoint import trainable
 from loop import optimizer_step, set_up_processes
 
-SIZES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 32, 128, 512), (1, 2, 4), 8, 3
+SIZES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 64, 512), (1, 2, 4), 8, 3
 
 
 def batch_sizes(args) -> list[dict]:
-    """Seconds per pair and per token of batches of several sizes, interleaved."""
-    model = make_model()
-    batches = {size: hh_trees(args.dataset, args.tokenizer, size) for size in args.sizes}
-    steps = {size: training_step(model, args.method, trees) for size, trees in batches.items()}
-    steps[min(args.sizes)]()                                                # warm up
+    """Seconds for the same pairs, as many as the largest batch, in batches of several sizes.
+
+    Sizes take turns, a largest batch's worth each, and say what each turn took.
+    """
+    pairs = max(args.sizes)
+    model, trees = make_model(), hh_trees(args.dataset, args.tokenizer, pairs)
+    steps = {size: [training_step(model, args.method, trees[i:i + size])
+                    for i in range(0, pairs, size)] for size in args.sizes}
+    steps[min(args.sizes)][0]()                                             # warm up
     seconds = {size: [] for size in args.sizes}
-    for _ in range(args.repeats):
-        for size, step in steps.items():
+    for turn in range(args.repeats):
+        for size, batches in steps.items():
             start = time.perf_counter()
-            step()
+            for step in batches:
+                step()
             seconds[size].append(time.perf_counter() - start)
-    rows = []
-    for size, trees in batches.items():
-        tokens, median = sum(tree.num_tokens for tree in trees), statistics.median(seconds[size])
-        rows.append({"pairs": size, "tokens": tokens, "seconds": seconds[size],
-                     "ms_per_pair": 1e3 * median / size, "us_per_token": 1e6 * median / tokens})
-        print(f"  {size:4} pairs  {tokens:7} tokens  {rows[-1]['ms_per_pair']:7.0f} ms a pair  "
-              f"{rows[-1]['us_per_token']:6.0f} us a token", flush=True)
-    return rows
+            print(f"  turn {turn + 1} of {args.repeats}: {pairs} pairs in batches of {size:4}: "
+                  f"{1e3 * seconds[size][-1] / pairs:5.0f} ms a pair", flush=True)
+    return [{"batch": size, "pairs": pairs, "tokens": sum(tree.num_tokens for tree in trees),
+             "seconds": seconds[size], "ms_per_pair": 1e3 * statistics.median(seconds[size]) / pairs}
+            for size in args.sizes]
 
 
 def one_rank(args) -> None:
@@ -110,6 +112,8 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "bench/results/scale.json"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if any(max(args.sizes) % size for size in args.sizes):
+        parser.error(f"--sizes {args.sizes}: each must divide the largest")
     if args.worker:
         return one_rank(args)
     torch.set_num_threads(1)
