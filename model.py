@@ -238,7 +238,7 @@ class Attention(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up, to the same bits; silu(gate) is not kept for the backward but computed again.
+    """silu(gate) · up, to autograd's bits, but silu(gate) is computed again in the backward.
 
     A third less of what a layer's MLP keeps, and two passes over memory fewer.
     """

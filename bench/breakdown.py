@@ -5,12 +5,13 @@
 The step of bench/step.py (Llama D 512, L 8, V 32000, LoRA r 8 on q and v, HH pairs, fp32), on one
 thread, under torch's profiler: each operator's own time, summed over kinds. Beside it what the
 step cannot do without: the floating-point operations of its matrix products and attention, at the
-rate this machine multiplies large matrices in the same process.
+rate this machine multiplies large matrices in the same process, between the steps.
 """
 import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from functools import partial
@@ -81,23 +82,26 @@ def kind_of(operator: str) -> str:
                  if any(part in operator for part in parts)), "everything else")
 
 
-def matrix_rate(device: str = "cpu") -> float:
-    """FLOP/s of a large square product, the best of some: what this device can do.
+def matrix_rate(device: str = "cpu", seconds: float = 2.0) -> tuple[float, float]:
+    """FLOP/s of a large square product, one after another for so long: of all, of the fastest.
 
-    On a CPU 1024³ in float32 with this process's threads, on a GPU 8192³ in bfloat16.
+    On a CPU 1024³ in float32 with this process's threads, on a GPU 8192³ in bfloat16. A step is as
+    long as many products, so what the machine keeps up is what it can be compared with; on a shared
+    machine, or one that grows hot, that is less than its fastest moment.
     """
     size, dtype, products = ((8192, torch.bfloat16, 10) if device == "cuda"  # launches are hidden
                              else (1024, torch.float32, 1))
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
+    a @ b                                                                   # warm up
+    spent = []
+    while sum(spent) < seconds:
         synchronize(device)
         start = time.perf_counter()
         for _ in range(products):
             a @ b
         synchronize(device)
-        seconds.append((time.perf_counter() - start) / products)
-    return 2 * size ** 3 / min(seconds)
+        spent.append((time.perf_counter() - start) / products)
+    return 2 * size ** 3 / (sum(spent) / len(spent)), 2 * size ** 3 / min(spent)
 
 
 def necessary_flops(model: Llama, method: str, trees) -> float:
@@ -130,36 +134,43 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="Llama's tokenizer.model")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--method", choices=("dpo", "ulma", "pointwise_dpo"), default="dpo")
-    parser.add_argument("--out", default=str(ROOT / "bench/results/breakdown.json"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", help="JSON, default bench/results/breakdown-METHOD.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, trees = make_model(), hh_trees(args.dataset, args.tokenizer, args.pairs)
     step = training_step(model, args.method, trees)
     step()
-    seconds, rate = [], matrix_rate()
-    for _ in range(3):
+    necessary = necessary_flops(model, args.method, trees)
+    seconds, rates, shares = [], [matrix_rate()], []
+    for _ in range(args.repeats):               # a product before and after: machines have moods
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-        rate = max(rate, matrix_rate())              # a shared machine has slow minutes
+        rates.append(matrix_rate())
+        shares.append(necessary / seconds[-1] / ((rates[-2][0] + rates[-1][0]) / 2))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     spent = {}
     for event in profile.key_averages():
         spent[kind_of(event.key)] = (spent.get(kind_of(event.key), 0.0)
                                      + event.self_cpu_time_total / 1e6)
-    necessary = necessary_flops(model, args.method, trees) / rate
     tokens = sum(tree.num_tokens for tree in trees)
-    print(f"{args.method}, {args.pairs} HH pairs, {tokens} tokens; a step: {min(seconds):.2f} s "
-          f"(of 3: {', '.join(f'{s:.2f}' for s in seconds)})\n"
-          f"necessary at {rate / 1e9:.0f} GFLOP/s: {necessary:.2f} s, "
-          f"{necessary / min(seconds):.0%} of the step\n")
+    kept, fastest = (statistics.median(rates) for rates in zip(*rates))
+    print(f"{args.method}, {args.pairs} HH pairs, {tokens} tokens; a step: "
+          f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})\n"
+          f"necessary: {necessary / 1e9:.0f} GFLOP, at the {kept / 1e9:.0f} GFLOP/s that large "
+          f"products keep up (fastest {fastest / 1e9:.0f}) {statistics.median(shares):.0%} of the "
+          f"step ({min(shares):.0%} to {max(shares):.0%})\n")
     for kind, value in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {kind:30} {value:6.2f} s  {value / sum(spent.values()):5.1%}")
-    result = {"method": args.method, "pairs": args.pairs, "seconds": seconds,
-              "necessary_s": necessary, "matrix_gflops": rate / 1e9, "self_s_by_kind": spent,
-              "threads": 1} | where_and_how()
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    result = {"method": args.method, "pairs": args.pairs, "tokens": tokens, "seconds": seconds,
+              "necessary_gflop": necessary / 1e9, "shares_of_matrix_rate": shares,
+              "matrix_gflops_kept_up": [kept / 1e9 for kept, _ in rates],
+              "matrix_gflops_fastest": [fastest / 1e9 for _, fastest in rates],
+              "self_s_by_kind": spent, "threads": 1} | where_and_how()
+    out = Path(args.out or ROOT / f"bench/results/breakdown-{args.method}.json")
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
     from functools import partial
 
     import torch
-    from breakdown import make_model, matrix_rate, necessary_flops
+    from breakdown import make_model, necessary_flops
     from kernels import choose_linear_logps
     from model import compile_layers
     from step import METHODS, adapters_off, backward_batch, batch_counts
@@ -94,9 +94,8 @@ def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
     model = make_model(size, getattr(torch, DTYPES[precision]), device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    said = {"matrix_flops_per_s": matrix_rate(device), "micro_tokens": micro_tokens,
-            "necessary_flops": necessary_flops(model, method_name, trees),
-            "kernels": choose_linear_logps("auto", device).__name__}
+    said = {"necessary_flops": necessary_flops(model, method_name, trees),
+            "micro_tokens": micro_tokens, "kernels": choose_linear_logps("auto", device).__name__}
     if name.endswith("-compiled"):
         compile_layers(model)
     if name.endswith("-unshared"):

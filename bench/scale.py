@@ -48,9 +48,9 @@ def batch_sizes(args) -> list[dict]:
             seconds[size].append(time.perf_counter() - start)
             print(f"  turn {turn + 1} of {args.repeats}: {pairs} pairs in batches of {size:4}: "
                   f"{1e3 * seconds[size][-1] / pairs:5.0f} ms a pair", flush=True)
-    return [{"batch": size, "pairs": pairs, "tokens": sum(tree.num_tokens for tree in trees),
-             "seconds": seconds[size], "ms_per_pair": 1e3 * statistics.median(seconds[size]) / pairs}
-            for size in args.sizes]
+    tokens = sum(tree.num_tokens for tree in trees)
+    return [{"batch": size, "pairs": pairs, "tokens": tokens, "seconds": seconds[size],
+             "ms_per_pair": 1e3 * statistics.median(seconds[size]) / pairs} for size in args.sizes]
 
 
 def one_rank(args) -> None:

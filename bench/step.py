@@ -22,8 +22,9 @@ that a slow minute of the machine hits all of them. Where they do not all fit in
 --together n has n of one method side by side, and one such group after another.
 
 Beside the times: on a GPU the peak of torch.cuda.max_memory_allocated, on a CPU of the resident
-set; and the share of the rate of a large matrix product, measured in the same process, that our
-step reaches on the floating-point operations it cannot do without (breakdown.necessary_flops).
+set; and the share of the rate of large matrix products, measured for a second after every step,
+that our step reaches on the floating-point operations it cannot do without
+(breakdown.necessary_flops).
 
 Needs for TRL's rows trl==1.16.0, peft, transformers; where they are missing ours are measured
 alone. `make bench` installs them in .venv-bench; nothing is downloaded while it runs. About 14 GB
@@ -111,7 +112,12 @@ def work(name: str, args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise FloatingPointError(f"{name} {args.precision[0]}: loss {loss}")
-        print(json.dumps({"loss": loss, "seconds": seconds}), file=answers)
+        answer = {"losses": loss, "seconds": seconds}
+        if name in OURS:
+            from breakdown import matrix_rate
+
+            answer["matrix_flops_per_s"], _ = matrix_rate(device, 1.0)
+        print(json.dumps(answer), file=answers)
     print(json.dumps({"peak_gb": peak_gb(device)}), file=answers)
 
 
@@ -156,9 +162,11 @@ def medians(row: dict, tokens: dict) -> dict:
     """What follows from a row's times."""
     seconds = statistics.median(row["seconds"][1:])
     count = tokens["d2o_prompts" if method_of(row["implementation"]) == "d2o" else "pairs"]
-    share = ({"share_of_matrix_rate": row["necessary_flops"] / seconds / row["matrix_flops_per_s"]}
-             if row["implementation"] in OURS else {})
-    return {"median_seconds": seconds, "ms_per_pair": 1e3 * seconds / count} | share
+    found = {"median_seconds": seconds, "ms_per_pair": 1e3 * seconds / count}
+    if rates := row.get("matrix_flops_per_s"):
+        found["share_of_matrix_rate"] = statistics.median(
+            row["necessary_flops"] / s / rate for s, rate in list(zip(row["seconds"], rates))[1:])
+    return found
 
 
 def measure(names: list[str], precision: str, folder: Path, repeats: int,
@@ -175,10 +183,10 @@ def measure(names: list[str], precision: str, folder: Path, repeats: int,
         for _ in range(1 + repeats):
             for row in alive():
                 if step := tell(row, workers[row["implementation"]], "step"):
-                    row["losses"].append(step["loss"])
-                    row["seconds"].append(step["seconds"])
+                    for key, value in step.items():
+                        row.setdefault(key, []).append(value)
                     print(f"{precision} {row['implementation']:17} {step['seconds']:8.3f} s   "
-                          f"loss {step['loss']:.6f}", file=sys.stderr)
+                          f"loss {step['losses']:.6f}", file=sys.stderr)
         for row in alive():
             row |= tell(row, workers[row["implementation"]], "end") | medians(row, tokens)
     finally:
