@@ -3,7 +3,8 @@
     Position i sees position j iff j <= i, the same tree, and j is in the shared prompt or in i's
     own response.
 
-    dense    blocks of a few trees, each under its masks: the specification, and what a CPU runs
+    dense    blocks of a few trees, in strips of rows that have a mask each: the specification,
+             and what a CPU runs
     varlen   every prompt and every response is a segment; a response's keys are its prompt and
              itself. No mask, nothing computed that is not seen (needs a GPU)
     flex     the rule itself, compiled over blocks of 128 x 128 positions (FlexAttention; needs a
@@ -25,8 +26,8 @@ except ImportError:                     # torch before 2.10
 
 ATTENTIONS = ("dense", "varlen", "flex")
 BLOCK_TOKENS = 256      # small trees share one dense block up to this size
-STRIP_TOKENS = 128      # on a CPU a larger block is cut into strips of so many rows: of what its
-                        # causal mask hides most is never computed. On a GPU launches cost more.
+STRIP_TOKENS = 128      # on a CPU a larger block is cut into strips of so many rows: most of what
+                        # its causal mask hides is never computed (not measured on a GPU)
 
 
 def to_device(values, device) -> Tensor:
@@ -64,15 +65,16 @@ def attention_segments(tree_ids: list[int], branch_ids: list[int], device="cpu",
             same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
             return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
         return create_block_mask(sees, None, None, len(tree_ids), len(tree_ids), device=device)
-    strip_tokens = STRIP_TOKENS if torch.device(device).type == "cpu" else len(tree_ids)
-    return DenseSegments(dense_blocks(tree_ids, branch_ids, strip_tokens)).to(device)
+    in_strips = torch.device(device).type == "cpu"
+    return DenseSegments(dense_blocks(tree_ids, branch_ids, in_strips)).to(device)
 
 
-def dense_blocks(tree_ids: Tensor, branch_ids: Tensor, strip_tokens: int) -> list[list[Tensor]]:
-    """Cut a stream into blocks that do not see each other, each a list of its strips' masks.
+def dense_blocks(tree_ids: Tensor, branch_ids: Tensor, in_strips: bool) -> list[list[Tensor]]:
+    """Cut a stream into blocks that do not see each other: a list of masks for each.
 
-    returns  masks [rows, keys] bool, True = sees: strips hold a block's rows in order; the keys are
-             those from the block's start to the strip's end
+    in_strips  cut blocks beyond BLOCK_TOKENS into strips of STRIP_TOKENS rows
+    returns    masks [n, m] bool, True = sees, of a block's strips: n rows, in order, and as keys
+               the m positions from the block's start to the strip's end
     Whole trees, merged up to BLOCK_TOKENS: the cost stays linear in the number of trees.
     """
     _, sizes = tree_ids.unique_consecutive(return_counts=True)
@@ -88,18 +90,23 @@ def dense_blocks(tree_ids: Tensor, branch_ids: Tensor, strip_tokens: int) -> lis
         tree, branch = tree_ids[start:end], branch_ids[start:end]                # [n]
         mask = tree[:, None] == tree[None]                                       # [n, n]
         mask &= (branch[None] == 0) | (branch[:, None] == branch[None])
-        strips = mask.tril_().split(len(mask) if len(mask) <= BLOCK_TOKENS else strip_tokens)
-        ends = accumulate(map(len, strips))
-        blocks.append([strip[:, :end].contiguous() for strip, end in zip(strips, ends)])
+        mask.tril_()
+        blocks.append(strips(mask) if in_strips and len(mask) > BLOCK_TOKENS else [mask])
     return blocks
+
+
+def strips(mask: Tensor) -> list[Tensor]:
+    """Cut a causal mask, [n, n], into strips of STRIP_TOKENS rows, each as wide as it ends."""
+    parts = mask.split(STRIP_TOKENS)
+    return [part[:, :end] for part, end in zip(parts, accumulate(map(len, parts)))]
 
 
 @dataclass(frozen=True)
 class DenseSegments:
-    """What `dense_blocks` gives; not a plain list, whose length torch.compile would look at."""
+    """Masks as `dense_blocks` gives them; not a plain list: torch.compile would look into it."""
     blocks: list[list[Tensor]]
 
-    def to(self, device):
+    def to(self, device) -> "DenseSegments":
         return DenseSegments([[to_device(mask, device) for mask in masks]
                               for masks in self.blocks])
 
@@ -188,9 +195,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments=None) -> Tensor:
     if segments is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     sizes, outputs = [masks[-1].shape[1] for masks in segments.blocks], []
-    # split, not slices, whose gradients are each as large as what they are cut from
-    for masks, q, k, v in zip(segments.blocks, *(t.split(sizes, dim=2) for t in (q, k, v))):
-        for mask, rows in zip(masks, q.split([len(mask) for mask in masks], dim=2)):
+    # split, not slices, whose gradients are as large as the stream (a strip's keys: as its block)
+    for masks, q_block, k_block, v_block in zip(segments.blocks,
+                                                *(t.split(sizes, dim=2) for t in (q, k, v))):
+        for mask, q_strip in zip(masks, q_block.split([len(mask) for mask in masks], dim=2)):
+            keys = slice(mask.shape[1])
             outputs.append(F.scaled_dot_product_attention(
-                rows, k[:, :, :mask.shape[1]], v[:, :, :mask.shape[1]], attn_mask=mask))
+                q_strip, k_block[:, :, keys], v_block[:, :, keys], attn_mask=mask))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)                          # [T, H, Dh]

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -83,16 +84,16 @@ def kind_of(operator: str) -> str:
 
 
 def matrix_rate(device: str = "cpu", seconds: float = 2.0) -> tuple[float, float]:
-    """FLOP/s of a large square product, one after another for so long: of all, of the fastest.
+    """FLOP/s of large square products, one after another for some seconds: of all, of the fastest.
 
-    On a CPU 1024³ in float32 with this process's threads, on a GPU 8192³ in bfloat16. A step is as
-    long as many products, so what the machine keeps up is what it can be compared with; on a shared
-    machine, or one that grows hot, that is less than its fastest moment.
+    On a CPU 1024³ in float32 with this process's threads, on a GPU 8192³ in bfloat16 (ten at a
+    time, so that launches are hidden). A step lasts as long as many of them, so it is compared
+    with what the machine keeps up: on a shared machine, or a hot one, less than its best moment.
     """
-    size, dtype, products = ((8192, torch.bfloat16, 10) if device == "cuda"  # launches are hidden
+    size, dtype, products = ((8192, torch.bfloat16, 10) if device == "cuda"
                              else (1024, torch.float32, 1))
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    a @ b                                                                   # warm up
+    a @ b                                                                        # warm up
     spent = []
     while sum(spent) < seconds:
         synchronize(device)
@@ -100,8 +101,9 @@ def matrix_rate(device: str = "cpu", seconds: float = 2.0) -> tuple[float, float
         for _ in range(products):
             a @ b
         synchronize(device)
-        spent.append((time.perf_counter() - start) / products)
-    return 2 * size ** 3 / (sum(spent) / len(spent)), 2 * size ** 3 / min(spent)
+        spent.append(time.perf_counter() - start)
+    flops = 2 * size ** 3 * products
+    return flops * len(spent) / sum(spent), flops / min(spent)
 
 
 def necessary_flops(model: Llama, method: str, trees) -> float:
@@ -141,14 +143,17 @@ def main() -> None:
     model, trees = make_model(), hh_trees(args.dataset, args.tokenizer, args.pairs)
     step = training_step(model, args.method, trees)
     step()
-    necessary = necessary_flops(model, args.method, trees)
-    seconds, rates, shares = [], [matrix_rate()], []
-    for _ in range(args.repeats):               # a product before and after: machines have moods
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-        rates.append(matrix_rate())
-        shares.append(necessary / seconds[-1] / ((rates[-2][0] + rates[-1][0]) / 2))
+    necessary = necessary_flops(model, args.method, trees) / 1e9
+    seconds, kept_up, fastest = [], [], []         # rates before, between and after the steps
+    for number in range(args.repeats + 1):
+        for rates, rate in zip((kept_up, fastest), matrix_rate()):
+            rates.append(rate / 1e9)
+        if number < args.repeats:
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+    shares = [necessary / s / ((before + after) / 2)
+              for s, (before, after) in zip(seconds, pairwise(kept_up))]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     spent = {}
@@ -156,18 +161,16 @@ def main() -> None:
         spent[kind_of(event.key)] = (spent.get(kind_of(event.key), 0.0)
                                      + event.self_cpu_time_total / 1e6)
     tokens = sum(tree.num_tokens for tree in trees)
-    kept, fastest = (statistics.median(rates) for rates in zip(*rates))
     print(f"{args.method}, {args.pairs} HH pairs, {tokens} tokens; a step: "
           f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})\n"
-          f"necessary: {necessary / 1e9:.0f} GFLOP, at the {kept / 1e9:.0f} GFLOP/s that large "
-          f"products keep up (fastest {fastest / 1e9:.0f}) {statistics.median(shares):.0%} of the "
-          f"step ({min(shares):.0%} to {max(shares):.0%})\n")
+          f"necessary: {necessary:.0f} GFLOP, at the {statistics.median(kept_up):.0f} GFLOP/s that "
+          f"large products keep up (the fastest: {max(fastest):.0f}) "
+          f"{statistics.median(shares):.0%} of the step ({min(shares):.0%} to {max(shares):.0%})\n")
     for kind, value in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {kind:30} {value:6.2f} s  {value / sum(spent.values()):5.1%}")
     result = {"method": args.method, "pairs": args.pairs, "tokens": tokens, "seconds": seconds,
-              "necessary_gflop": necessary / 1e9, "shares_of_matrix_rate": shares,
-              "matrix_gflops_kept_up": [kept / 1e9 for kept, _ in rates],
-              "matrix_gflops_fastest": [fastest / 1e9 for _, fastest in rates],
+              "necessary_gflop": necessary, "shares_of_matrix_rate": shares,
+              "matrix_gflops_kept_up": kept_up, "matrix_gflops_fastest": fastest,
               "self_s_by_kind": spent, "threads": 1} | where_and_how()
     out = Path(args.out or ROOT / f"bench/results/breakdown-{args.method}.json")
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,8 +7,8 @@
 2. 1, 2 and 4 gloo ranks, one thread each, the same 8 pairs on each (weak scaling): a whole step
    with its all-reduce; how many bytes it reduces, beside the size of the adapter.
 
-The model is bench/step.py's. Ranks beyond the machine's cores share them: efficiency is then at
-most cores / ranks, and the table says so.
+The model is bench/step.py's; all of it takes about an hour and a half on two cores. Ranks beyond
+the machine's cores share them: efficiency is then at most cores / ranks, and the table says so.
 """
 import argparse
 import json
@@ -32,10 +32,13 @@ SIZES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 64, 512), (1, 2, 4), 8, 3
 def batch_sizes(args) -> list[dict]:
     """Seconds for the same pairs, as many as the largest batch, in batches of several sizes.
 
-    Sizes take turns, a largest batch's worth each, and say what each turn took.
+    Sizes take turns of all pairs; what a turn took is printed.
     """
     pairs = max(args.sizes)
     model, trees = make_model(), hh_trees(args.dataset, args.tokenizer, pairs)
+    if len(trees) != pairs:
+        raise ValueError(f"{args.dataset}: {pairs} records have {len(trees)} prompts; expected a "
+                         "prompt a pair")
     steps = {size: [training_step(model, args.method, trees[i:i + size])
                     for i in range(0, pairs, size)] for size in args.sizes}
     steps[min(args.sizes)][0]()                                             # warm up
@@ -112,14 +115,15 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "bench/results/scale.json"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if any(max(args.sizes) % size for size in args.sizes):
+    if any(size < 1 or max(args.sizes) % size for size in args.sizes):
         parser.error(f"--sizes {args.sizes}: each must divide the largest")
     if args.worker:
         return one_rank(args)
     torch.set_num_threads(1)
-    result = {"batch_sizes": batch_sizes(args), "ranks": ranks(args),
-              "method": args.method} | where_and_how()
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    result = {"method": args.method} | where_and_how()
+    for part in (batch_sizes, ranks):
+        result[part.__name__] = part(args)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ that a slow minute of the machine hits all of them. Where they do not all fit in
 Beside the times: on a GPU the peak of torch.cuda.max_memory_allocated, on a CPU of the resident
 set; and the share of the rate of large matrix products, measured for a second after every step,
 that our step reaches on the floating-point operations it cannot do without
-(breakdown.necessary_flops).
+(breakdown.matrix_rate, breakdown.necessary_flops).
 
 Needs for TRL's rows trl==1.16.0, peft, transformers; where they are missing ours are measured
 alone. `make bench` installs them in .venv-bench; nothing is downloaded while it runs. About 14 GB
@@ -104,6 +104,8 @@ def work(name: str, args: argparse.Namespace) -> None:
         said["gpu"] = torch.cuda.get_device_name()
         torch.cuda.reset_peak_memory_stats()
     print(json.dumps(said), file=answers)
+    if name in OURS:
+        from breakdown import matrix_rate           # of the project: not for TRL's workers
     for _ in sys.stdin:
         wait()
         start = time.perf_counter()
@@ -112,11 +114,10 @@ def work(name: str, args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
             raise FloatingPointError(f"{name} {args.precision[0]}: loss {loss}")
-        answer = {"losses": loss, "seconds": seconds}
+        answer = {"loss": loss, "seconds": seconds}
         if name in OURS:
-            from breakdown import matrix_rate
-
-            answer["matrix_flops_per_s"], _ = matrix_rate(device, 1.0)
+            answer["matrix_flops_per_s"], answer["fastest_matrix_flops_per_s"] = matrix_rate(
+                device, 1.0)
         print(json.dumps(answer), file=answers)
     print(json.dumps({"peak_gb": peak_gb(device)}), file=answers)
 
@@ -184,9 +185,9 @@ def measure(names: list[str], precision: str, folder: Path, repeats: int,
             for row in alive():
                 if step := tell(row, workers[row["implementation"]], "step"):
                     for key, value in step.items():
-                        row.setdefault(key, []).append(value)
+                        row.setdefault("losses" if key == "loss" else key, []).append(value)
                     print(f"{precision} {row['implementation']:17} {step['seconds']:8.3f} s   "
-                          f"loss {step['losses']:.6f}", file=sys.stderr)
+                          f"loss {step['loss']:.6f}", file=sys.stderr)
         for row in alive():
             row |= tell(row, workers[row["implementation"]], "end") | medians(row, tokens)
     finally:

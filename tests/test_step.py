@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from kernels import linear_logps
-from lora import add_lora, lora_layers
+from lora import add_lora, lora_disabled, lora_layers
 from model import Llama, LlamaConfig
 from reward import add_score_head
-from step import METHODS, adapters_off, backward_batch, batch_counts
+from step import METHODS, adapters_off, backward_batch, batch_counts, scored_hidden
 from train import trainable
 from trees import Tree, build_stream, shard
 
@@ -292,6 +292,26 @@ def test_gradient_checkpointing_keeps_every_bit_and_little_memory():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert all(grad.abs().sum() > 0 for grad in grads[1])
     assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("trained, all_rows", [
+    ("0.self_attn.q_proj", False), ("1.self_attn.v_proj", False), ("0.mlp.down_proj", False),
+    ("1.self_attn.o_proj", True), ("1.mlp.gate_proj", True), ("1.mlp.down_proj", True),
+    ("lm_head", True)])
+def test_behind_its_attention_the_last_layer_runs_on_scored_rows_unless_it_is_trained(
+        monkeypatch, trained, all_rows):
+    # Dropout there draws for every row, and a gradient sums over them: bits of runs made before
+    # this saving. The reference, adapters off, makes the same choice.
+    model = make_model().requires_grad_(False)
+    model.get_submodule(trained if trained == "lm_head" else f"model.layers.{trained}"
+                        ).requires_grad_(True)
+    stream, asked, forward = build_stream(make_trees()), [], Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda *args, rows=None: asked.append(rows) or forward(
+        *args, rows=rows))
+    sees = scored_hidden(model, stream)
+    with lora_disabled(model), torch.no_grad():
+        assert scored_hidden(model, stream).shape == sees.shape == (len(stream.labels), 32)
+    assert asked == [None] * 2 if all_rows else asked[0] is asked[1] is stream.rows
 
 
 def test_at_the_start_policy_equals_reference_to_the_bit():
