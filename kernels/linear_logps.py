@@ -157,8 +157,8 @@ def _blocks(num_policy: int, num_reference: int, chunk_rows: int, paired: bool):
 
 def _default_chunk_rows(weight: Tensor) -> int:
     """A CPU's chunk stays near its caches (262 x 32000 float32: 34 MB), a GPU's fills the card."""
-    if weight.device.type == "cpu":
-        return max(1, min(512, 2 ** 23 // len(weight)))
+    if weight.device.type == "cpu":            # of a trained head every chunk adds a whole dW
+        return 512 if weight.requires_grad else max(1, min(512, 2 ** 23 // len(weight)))
     return max(256, 2 ** 28 // (len(weight) * weight.itemsize) // 256 * 256)     # 4096 at V = 32000
 
 

@@ -522,8 +522,10 @@ def test_logits_of_all_rows_never_exist(trained_head):
 
 
 @pytest.mark.parametrize("vocab, chunk", [(768, 512), (16384, 512), (32000, 262), (10 ** 8, 1)])
-def test_a_chunk_on_a_cpu_is_512_float32_rows_and_34_mb_at_most_or_one_row(vocab, chunk):
-    assert _default_chunk_rows(torch.empty(1, 1).expand(vocab, 1)) == chunk
+def test_a_frozen_heads_chunk_on_a_cpu_is_34_mb_and_512_rows_at_most(vocab, chunk):
+    weight = torch.empty(1, 1)
+    assert _default_chunk_rows(weight.expand(vocab, 1)) == chunk
+    assert _default_chunk_rows(weight.requires_grad_().expand(vocab, 1)) == 512
 
 
 def test_one_buffer_serves_every_chunk():
