@@ -7,7 +7,7 @@
 2. 1, 2 and 4 gloo ranks, one thread each, the same 8 pairs on each (weak scaling): a whole step
    with its all-reduce; how many bytes it reduces, beside the size of the adapter.
 
-The model is bench/step.py's; all of it takes about an hour and a half on two cores. Ranks beyond
+The model is bench/step.py's; all of it takes somewhat over an hour on two cores. Ranks beyond
 the machine's cores share them: efficiency is then at most cores / ranks, and the table says so.
 """
 import argparse
