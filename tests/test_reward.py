@@ -122,13 +122,12 @@ def test_peft_and_transformers_give_the_same_rewards_and_save_what_we_load(tmp_p
 
 # ---- whole runs ---------------------------------------------------------------------------------
 
-def test_a_stopped_reward_model_continues_to_the_same_bytes_on_two_ranks(tmp_path, tiny_model,
-                                                                         pairs_file):
+def test_a_stopped_reward_model_continues_to_the_same_bytes(tmp_path, tiny_model, pairs_file):
     # Head and its moments are in the checkpoint, and dropout (0.1) comes out the same.
     flags = ("--method", "reward_model", "--num_train_epochs", "2")
-    finish(tiny_model, pairs_file, tmp_path / "whole", *flags, ranks=2)
+    finish(tiny_model, pairs_file, tmp_path / "whole", *flags)
     out = tmp_path / "stopped"
-    process = subprocess.Popen(command(tiny_model, pairs_file, out, *flags, ranks=2), cwd=ROOT,
+    process = subprocess.Popen(command(tiny_model, pairs_file, out, *flags), cwd=ROOT,
                                env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                text=True)
     for line in process.stdout:
@@ -138,7 +137,7 @@ def test_a_stopped_reward_model_continues_to_the_same_bytes_on_two_ranks(tmp_pat
     process.stdout.read()
     process.wait(timeout=60)
     assert not (out / "final").exists(), "the run was over before the signal came"
-    finish(tiny_model, pairs_file, out, *flags, ranks=2)
+    finish(tiny_model, pairs_file, out, *flags)
     assert adapter_hash(out) == adapter_hash(tmp_path / "whole")
     assert logged(out) == logged(tmp_path / "whole")
     first = logged(out)[0]
