@@ -4,10 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test oracles reproduce bench bench-step-gpu bench-kernel clean
 
-# (--no-compile: half of the time would go into compiling files that are never imported)
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 # Align the embedded world's base model four ways and measure what changed.
@@ -33,8 +32,8 @@ reproduce: .venv/ready
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
-	.venv-bench/bin/pip install --quiet --no-compile --disable-pip-version-check -r bench/requirements.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	touch $@
 
 # The tests that ask transformers, PEFT and TRL; a package that is missing there is a failure.
