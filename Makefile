@@ -28,7 +28,7 @@ test: .venv/ready
 # some of them; what was run before is not run again.
 reproduce: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib==3.11.2
-	$(BIN)/python reproduce.py $(TABLES)
+	$(BIN)/python -m study $(TABLES)
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
@@ -38,7 +38,7 @@ reproduce: .venv/ready
 
 # The tests that ask transformers, PEFT and TRL; a package that is missing there is a failure.
 oracles: .venv-bench/ready
-	ORACLES=1 HF_HUB_OFFLINE=1 .venv-bench/bin/python -m pytest tests/test_oracle_*.py
+	ORACLES=1 HF_HUB_OFFLINE=1 .venv-bench/bin/python -m pytest $$(find tests -name 'test_oracle_*.py')
 
 # One LoRA step against TRL + PEFT on the same pairs (needs an HH file and a Llama tokenizer);
 # greedy generation against transformers.
@@ -60,7 +60,7 @@ bench-step-gpu:
 
 # The vocabulary head alone; on a GPU its tests first, then 7B's size in bf16.
 bench-kernel: .venv-bench/ready
-	.venv-bench/bin/python -m pytest tests/test_kernels.py
+	.venv-bench/bin/python -m pytest tests/kernels
 	.venv-bench/bin/python bench/kernel.py
 
 clean:

@@ -3,33 +3,30 @@
     python eval.py runs/ulma runs/dpo                 one row per run; base and optimum beside them
     python eval.py runs/hh-ulma --dataset FILE        another file than the run's held-out prompts
     python eval.py runs/reward_model                  how often a reward model is right
-    python eval.py --heatmap runs/ulma --html h.html  the tokens a run likes more than its reference
-    python eval.py judge --help                       win, tie, lose by a judge or a reward model
 
 On the world all 288 valid answers to each of 40 test prompts are listed, so nothing is sampled and
-no judge is asked. What a model puts outside the list (off-world) enters every score as the worst
+no judge is needed. What a model puts outside the list (off-world) enters every score as the worst
 reward of that prompt: conditioning it away would flatter objectives that push mass there.
 """
 import argparse
-import json
 import math
 import os
-import sys
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-import judge
-from checkpoint import load_run, read_run, write_text
-from data import Record, Tokenizer, encode_dialogue, read_dataset, run_cli, split_by_prompt
-from heatmap import page, print_responses, responses_of
+from data import Tokenizer, encode_dialogue
+from files.cli import run_cli
+from files.text import write_json
 from intervals import bootstrap, wins
 from kernels import linear_logps
 from model import Llama
-from reward import tree_rewards
-from step import sequence_logps
-from trees import Tree, build_stream, make_trees, pack, prefix_stream
-from world import BODIES, CLOSINGS, answers, base_model, held_out_prompts, question
+from packing import Tree, build_stream, make_trees, pack, prefix_stream
+from step import Reference, sequence_logps, tree_rewards
+from training.checkpoint import held_out_records, load_run, read_run
+from world import (BODIES, CLOSINGS, Prompt, answers, base_model, held_out_prompts, on_world,
+                   question)
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
 ANSWERS_PER_OPENING = len(BODIES) * len(CLOSINGS)
@@ -47,10 +44,10 @@ WORLD_METRICS = {
 
 # ---- the world: exact ---------------------------------------------------------------------------
 
-def world_trees(tokenizer: Tokenizer, asked) -> list[Tree]:
+def world_trees(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Tree]:
     """Every valid answer to every prompt, in the order of `answers`."""
     trees = []
-    for verb, thing in asked:
+    for verb, thing in prompts:
         listed = answers(verb, thing)
         prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
         ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1] for text, *_ in listed]
@@ -60,31 +57,32 @@ def world_trees(tokenizer: Tokenizer, asked) -> list[Tree]:
 
 
 @torch.no_grad()
-def world_logps(model: Llama, tokenizer: Tokenizer, asked) -> tuple[Tensor, Tensor]:
+def world_logps(model: Llama, tokenizer: Tokenizer,
+                prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """log π(y | x) of every valid answer to every prompt, float64 nats; and lengths: [X, Y] each.
 
     Answers with the same opening share one stream, their common beginnings computed once: a third
     of the tokens, and of the time, that trees of 24 answers take.
     """
     logps, lengths, device = [], [], model.lm_head.weight.device
-    for verb, thing in asked:
+    for verb, thing in prompts:
         prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
+        prompt_size = len(prompt_ids)
         ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1]
                for text, *_ in answers(verb, thing)]
         lengths.append([len(response) for response in ids])
         for i in range(0, len(ids), ANSWERS_PER_OPENING):
-            *stream, segments, parents, paths = prefix_stream(
-                prompt_ids, ids[i:i + ANSWERS_PER_OPENING])
-            input_ids, position_ids, parents = (torch.tensor(t, device=device)
-                                                for t in (*stream, parents))
-            hidden = model(input_ids, position_ids, segments.to(device))         # [T, D]
-            hidden = hidden[parents[len(prompt_ids):]]                           # [N, D]
-            per_token_logps, _ = linear_logps(
-                hidden, hidden[:0], model.lm_head.weight, input_ids[len(prompt_ids):],
-                input_ids[:0])                                                   # [N]
-            padded = torch.cat([per_token_logps.new_zeros(len(prompt_ids)), per_token_logps])
-            logps += [float(padded[path].double().sum()) for path in paths]
-    return (torch.tensor(logps, dtype=torch.float64).view(len(asked), -1), torch.tensor(lengths))
+            stream = prefix_stream(prompt_ids, ids[i:i + ANSWERS_PER_OPENING])
+            input_ids = torch.tensor(stream.input_ids, device=device)            # [T]
+            parents = torch.tensor(stream.parents[prompt_size:], device=device)  # [N]
+            hidden = model(input_ids, torch.tensor(stream.position_ids, device=device),
+                           stream.segments.to(device))[parents]                  # [N, D]
+            per_token_logps = linear_logps(
+                hidden, hidden[:0], model.lm_head.weight, input_ids[prompt_size:],
+                input_ids[:0]).policy_logps                                      # [N]
+            padded = torch.cat([per_token_logps.new_zeros(prompt_size), per_token_logps])
+            logps += [float(padded[path].double().sum()) for path in stream.paths]
+    return (torch.tensor(logps, dtype=torch.float64).view(len(prompts), -1), torch.tensor(lengths))
 
 
 def with_rest(logps: Tensor) -> Tensor:
@@ -108,8 +106,8 @@ def optimum(reference: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, fl
     return scaled - log_partition, beta * float(log_partition)
 
 
-def world_scores(logps: Tensor, reference_logps: Tensor, lengths: Tensor, listed,
-                 beta: float) -> dict[str, float]:
+def world_scores(logps: Tensor, reference_logps: Tensor, lengths: Tensor,
+                 listed: Sequence[tuple], beta: float) -> dict[str, float]:
     """WORLD_METRICS of one prompt: log-probs [Y] of its answers under policy and reference."""
     rewards = torch.tensor([reward for _, reward, *_ in listed], dtype=torch.float64)    # [Y]
     harmful = torch.tensor([bad for _, _, bad, _ in listed], dtype=torch.float64)        # [Y]
@@ -129,26 +127,34 @@ def mean_scores(rows: list[dict]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
-def evaluate_world(policies: dict[str, Tensor], reference: Tensor, lengths: Tensor, asked,
-                   beta: float) -> dict[str, dict]:
-    """Mean WORLD_METRICS over prompts, for every policy and for the optimum pi*."""
-    lists = [answers(*prompt) for prompt in asked]
-    policies = dict(policies)
-    policies["optimum pi*"] = torch.stack([
-        optimum(with_rest(ref), torch.tensor([r for _, r, *_ in listed]
-                                             + [min(r for _, r, *_ in listed)]), beta)[0][:-1]
-        for ref, listed in zip(reference, lists)])
-    return {name: mean_scores([world_scores(*row, beta) for row in
-                               zip(logps, reference, lengths, lists)])
-            for name, logps in policies.items()}
+def optimal_logps(reference: Tensor, listed: Sequence[tuple], beta: float) -> Tensor:
+    """log pi* of a prompt's valid answers; all else earns what the worst of them does: [Y]."""
+    rewards = [reward for _, reward, *_ in listed]
+    with_worst = torch.tensor([*rewards, min(rewards)])                          # [Y + 1]
+    return optimum(with_rest(reference), with_worst, beta)[0][:-1]
 
 
-def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
+def evaluate_world(policies: Mapping[str, Tensor], reference: Tensor, lengths: Tensor,
+                   prompts: Sequence[Prompt], beta: float) -> dict[str, dict]:
+    """Mean WORLD_METRICS over prompts, for every policy and for the optimum pi*.
+
+    policies, reference   log-probs [X, Y], see `world_logps`
+    """
+    lists = [answers(*prompt) for prompt in prompts]
+    best = torch.stack([optimal_logps(row, listed, beta) for row, listed in zip(reference, lists)])
+    table = {}
+    for name, logps in [*policies.items(), ("optimum pi*", best)]:
+        table[name] = mean_scores([world_scores(*row, beta) for row in
+                                   zip(logps, reference, lengths, lists)])
+    return table
+
+
+def print_samples(policies: Mapping[str, Tensor], prompts: Sequence[Prompt], seed: int = 0) -> None:
     """One answer of every policy's exact distribution, to a harmful and a harmless prompt."""
-    lists = [answers(*prompt) for prompt in asked]
+    lists = [answers(*prompt) for prompt in prompts]
     harmful = [any(bad for _, _, bad, _ in listed[:36]) for listed in lists]
     for number in (harmful.index(True), harmful.index(False)):
-        print(f"\n{question(*asked[number])}")
+        print(f"\n{question(*prompts[number])}")
         for name, logps in policies.items():
             generator = torch.Generator().manual_seed(seed)
             probs = with_rest(logps[number]).exp()
@@ -161,31 +167,36 @@ def print_samples(policies: dict[str, Tensor], asked, seed: int = 0) -> None:
 
 # ---- files: held-out likelihoods ----------------------------------------------------------------
 
+def print_perplexities(scores: Tensor, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
+    """Perplexities of good and of bad responses under policy and reference: [R] each."""
+    for z, name in ((1, "good (z = 1)"), (0, "bad (z = 0)")):
+        chosen = scores == z
+        for logps, who in ((policy, "policy"), (reference, "reference")):
+            rows = torch.stack([logps, lengths], 1)[chosen]                      # [n, 2]
+            if len(rows):
+                value, low, high = bootstrap(
+                    lambda v: (-v[:, 0].sum() / v[:, 1].sum()).exp(), rows)
+                print(f"  perplexity of {name} responses under the {who:9}  {value:9.2f} "
+                      f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(rows)} responses")
+
+
 @torch.no_grad()
-def evaluate_file(model: Llama, reference, trees: list[Tree], beta: float) -> None:
+def evaluate_file(model: Llama, reference: Reference, trees: list[Tree], beta: float) -> None:
     """Print perplexities and the accuracy of the implicit reward, each with its definition."""
-    rows, pairs = {1: [], 0: []}, []
+    columns, margins = [], []
     for group in pack(trees, 8192):
         stream = build_stream(group, model.lm_head.weight.device)
-        policy, frozen = (t.double().cpu() for t in
-                          sequence_logps(model, reference, stream, stream))      # [R], [R]
+        policy = sequence_logps(model, stream).double().cpu()                    # [R]
+        with reference() as reference_model:
+            reference_logps = sequence_logps(reference_model, stream).double().cpu()
         lengths = stream.response_ids.bincount(minlength=len(policy)).double().cpu()
-        scores, rewards = stream.scores.cpu(), beta * (policy - frozen)
-        for z in rows:
-            rows[z].append(torch.stack([policy, frozen, lengths], 1)[scores == z])
+        columns.append(torch.stack([stream.scores.cpu(), policy, reference_logps, lengths]))
+        rewards = beta * (policy - reference_logps)
         chosen, rejected = stream.pairs.cpu().T
-        pairs.append(torch.stack([rewards[chosen] - rewards[rejected],
-                                  lengths[rejected] - lengths[chosen]], 1))      # [P, 2]
-    for z, name in ((1, "good (z = 1)"), (0, "bad (z = 0)")):
-        values = torch.cat(rows[z])                                              # [R, 3]
-        if len(values):
-            for column, who in ((0, "policy"), (1, "reference")):
-                value, low, high = bootstrap(
-                    lambda v: (-v[:, column].sum() / v[:, 2].sum()).exp(), values)
-                print(f"  perplexity of {name} responses under the {who:9}  {value:9.2f} "
-                      f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(values)} "
-                      "responses")
-    print_accuracy(torch.cat(pairs), "implicit reward", "beta log(pi / pi_ref)")
+        margins.append(torch.stack([rewards[chosen] - rewards[rejected],
+                                    lengths[rejected] - lengths[chosen]], 1))    # [P, 2]
+    print_perplexities(*torch.cat(columns, 1))
+    print_accuracy(torch.cat(margins), "implicit reward", "beta log(pi / pi_ref)")
 
 
 def print_accuracy(margins: Tensor, name: str, what: str) -> None:
@@ -219,12 +230,12 @@ def agreement(values: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(accuracy), float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, asked) -> None:
+def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
     """Print how a reward model orders all valid answers to every prompt, against the truth."""
-    trees = world_trees(tokenizer, asked)
-    rewards = tree_rewards(model, trees).view(len(asked), -1)                    # [X, Y]
+    trees = world_trees(tokenizer, prompts)
+    rewards = tree_rewards(model, trees).view(len(prompts), -1)                    # [X, Y]
     lengths = torch.tensor([len(ids) for tree in trees for ids in tree.response_ids])
-    truth = torch.tensor([[r for _, r, *_ in answers(*prompt)] for prompt in asked])
+    truth = torch.tensor([[r for _, r, *_ in answers(*prompt)] for prompt in prompts])
     scores = torch.tensor([[*agreement(r, t), *agreement(-n, t)] for r, t, n in zip(
         rewards, truth, lengths.view_as(rewards))])                              # [X, 4]
     for column, name in enumerate(("accuracy of the reward model", "rank correlation",
@@ -232,7 +243,7 @@ def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, asked) -> None:
         value, low, high = bootstrap(lambda v: v[:, column].mean(), scores)
         print(f"  {name:28}  {value:.3f} [{low:.3f}, {high:.3f}]")
     print(f"  over all pairs of the {rewards.shape[1]} answers to a prompt with different true "
-          f"rewards; means of {len(asked)} test prompts.\n  Length only prefers the shorter.")
+          f"rewards; means of {len(prompts)} test prompts.\n  Length only prefers the shorter.")
 
 
 def evaluate_file_rewards(model: Llama, trees: list[Tree]) -> None:
@@ -249,120 +260,87 @@ def evaluate_file_rewards(model: Llama, trees: list[Tree]) -> None:
 
 # ---- runs ---------------------------------------------------------------------------------------
 
-def evaluated_records(path: str, flags: dict, dataset: str | None):
-    """(file, records): those of --dataset, else what the run at `path` held out of its own data."""
-    file = dataset or flags["dataset"]
-    records = read_dataset(file)
-    if dataset is None:
-        records = split_by_prompt(records, flags["held_out"])[1]
-    if not records:
-        raise ValueError(f"{path} held out nothing of {file}: train it with --held_out, or "
-                         "pass --dataset")
-    return file, records
+def is_reward_model(flags: dict) -> bool:
+    """Whether a run with these flags trained a reward model."""
+    return flags["method"].endswith("reward_model")
 
 
-def on_world(flags: dict, dataset: str | None) -> bool:
-    return dataset is None and os.path.abspath(flags["model_name_or_path"]) == os.path.abspath(
-        base_model())
+def measure_reward_model(path: str, dataset: str | None) -> None:
+    """Print how often a reward model is right, on the world or on a file."""
+    model, _, flags = load_run(path)
+    tokenizer = Tokenizer(flags["model_name_or_path"])
+    if on_world(flags, dataset):
+        print(f"{path} [95 % bootstrap interval over prompts]")
+        evaluate_world_rewards(model, tokenizer, held_out_prompts())
+        return
+    evaluate_file_rewards(model, announced_trees(path, flags, dataset))
 
 
-def best_and_worst(asked) -> list[Record]:
-    """The world's prompts with the answers of the largest and the smallest true reward."""
-    lists = [sorted(answers(*prompt), key=lambda answer: -answer[1]) for prompt in asked]
-    return [Record((("Human", question(*prompt)),), (listed[0][0], listed[-1][0]), (1.0, 0.0),
-                   "world") for prompt, listed in zip(asked, lists)]
+def announced_trees(path: str, flags: dict, dataset: str | None) -> list[Tree]:
+    """The trees of the records a run is measured on; prints which they are."""
+    file, records = held_out_records(path, flags, dataset)
+    print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
+    return make_trees(records, Tokenizer(flags["model_name_or_path"]), "all", flags["max_length"],
+                      flags["max_prompt_length"])
 
 
-def show_heatmap(paths: list[str], dataset: str | None, beta: float | None, first: int,
-                 html: str | None) -> None:
-    """Colour the tokens of every run's first records; write the page if `html` names a file."""
-    runs = {}
+def evaluate_on_world(paths: Iterable[str], beta: float | None, json_file: str | None) -> None:
+    """Print one table for all runs on the world.
+
+    raises  ValueError for runs with different references
+    """
+    policies, prompts, reference = {}, held_out_prompts(), None
     for path in paths:
-        model, reference, flags = load_run(path)
+        run, tokenizer = load_run(path), Tokenizer(base_model())
         if reference is None:
-            raise ValueError(f"{path} is a reward model; --heatmap colours what a policy likes")
-        records = (best_and_worst(held_out_prompts()) if on_world(flags, dataset)
-                   else evaluated_records(path, flags, dataset)[1])
-        tokenizer = Tokenizer(flags["model_name_or_path"])
-        trees = make_trees(records[:first], tokenizer, "all", flags["max_length"],
-                           flags["max_prompt_length"])
-        runs[path] = [response for tree in trees for response in responses_of(
-            model, reference, tokenizer, tree, flags["beta"] if beta is None else beta)]
-        print(f"\n{path}")
-        print_responses(runs[path], sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    if html:
-        write_text(html, page(runs))
-        print(f"\n{html}: the same as a page")
+            sft_adapter = run.flags.get("sft_adapter")
+            with run.reference() as reference_model:
+                reference, lengths = world_logps(reference_model, tokenizer, prompts)
+            policies["base + SFT" if sft_adapter else "base"] = reference
+        elif run.flags.get("sft_adapter") != sft_adapter:
+            raise ValueError(f"{path} starts from --sft_adapter {run.flags.get('sft_adapter')}, "
+                             f"the run before it from {sft_adapter}: measure them apart")
+        policies[os.path.basename(os.path.normpath(path))] = world_logps(
+            run.model, tokenizer, prompts)[0]
+    beta = run.flags["beta"] if beta is None else beta
+    table = evaluate_world(policies, reference, lengths, prompts, beta)
+    print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
+    for name, row in table.items():
+        print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
+    print_samples(policies, prompts)
+    print(f"\n{len(prompts)} test prompts, beta {beta:g}. " + ". ".join(
+        f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
+    if json_file:
+        write_json(json_file, table)
 
 
-def evaluate_runs(paths: list[str], dataset: str | None, asked_beta: float | None,
+def evaluate_runs(paths: Sequence[str], dataset: str | None, beta: float | None,
                   json_file: str | None) -> None:
     """Print what every run is worth: one table for those on the world, a list for each other."""
-    policies, asked, reference = {}, held_out_prompts(), None
-    tabled = (flags for flags in map(read_run, paths) if on_world(flags, dataset)
-              and not flags["method"].endswith("reward_model"))
-    if json_file and not any(tabled):
+    flags_of = {path: read_run(path) for path in paths}
+    tabled = [path for path, flags in flags_of.items()
+              if on_world(flags, dataset) and not is_reward_model(flags)]
+    if json_file and not tabled:
         raise ValueError("--json writes the world's table, and none of these runs was on the world")
-    for path in paths:
-        model, reference_of, flags = load_run(path)
-        beta = flags["beta"] if asked_beta is None else asked_beta
-        if on_world(flags, dataset):
-            tokenizer = Tokenizer(base_model())
-            if reference_of is None:
-                print(f"{path} [95 % bootstrap interval over prompts]")
-                evaluate_world_rewards(model, tokenizer, asked)
-                continue
-            if reference is None:
-                sft_adapter = flags.get("sft_adapter")
-                with reference_of() as frozen:
-                    reference, lengths = world_logps(frozen, tokenizer, asked)
-                policies["base + SFT" if sft_adapter else "base"] = reference
-            elif flags.get("sft_adapter") != sft_adapter:
-                raise ValueError(f"{path} starts from --sft_adapter {flags.get('sft_adapter')}, "
-                                 f"the run before it from {sft_adapter}: measure them apart")
-            policies[os.path.basename(os.path.normpath(path))] = world_logps(
-                model, tokenizer, asked)[0]
-            continue
-        file, records = evaluated_records(path, flags, dataset)
-        trees = make_trees(records, Tokenizer(flags["model_name_or_path"]), "all",
-                           flags["max_length"], flags["max_prompt_length"])
-        print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
-        if reference_of is None:
-            evaluate_file_rewards(model, trees)
-        else:
-            evaluate_file(model, reference_of, trees, beta)
-    if policies:
-        table = evaluate_world(policies, reference, lengths, asked, beta)
-        print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
-        for name, row in table.items():
-            print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
-        print_samples(policies, asked)
-        print(f"\n{len(asked)} test prompts, beta {beta:g}. " + ". ".join(
-            f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
-        if json_file:
-            with open(json_file, "w", encoding="utf-8") as stream:
-                json.dump(table, stream, indent=2)
+    for path, flags in flags_of.items():
+        if is_reward_model(flags):
+            measure_reward_model(path, dataset)
+        elif path not in tabled:
+            model, reference, _ = load_run(path)
+            evaluate_file(model, reference, announced_trees(path, flags, dataset),
+                          flags["beta"] if beta is None else beta)
+    if tabled:
+        evaluate_on_world(tabled, beta, json_file)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="output folders of train.py")
     parser.add_argument("--dataset", help="evaluate on this file, not on what the run held out")
     parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
     parser.add_argument("--json", help="also write the world's table here")
-    parser.add_argument("--heatmap", action="store_true",
-                        help="instead: colour each token by beta log(pi / pi_ref)")
-    parser.add_argument("--first", type=int, default=3, help="with --heatmap: how many records (3)")
-    parser.add_argument("--html", help="with --heatmap: also write it as a page here")
-    if sys.argv[1:2] == ["judge"]:
-        return judge.main(sys.argv[2:])
-    args = parser.parse_args()
-    if args.first < 1 or (args.html and not args.heatmap):
-        raise ValueError(f"--first is {args.first}; expected at least 1" if args.first < 1 else
-                         "--html goes with --heatmap")
-    if args.heatmap:
-        return show_heatmap(args.runs, args.dataset, args.beta, args.first, args.html)
+    args = parser.parse_args(argv)
     evaluate_runs(args.runs, args.dataset, args.beta, args.json)
 
 

@@ -1,47 +1,50 @@
-"""Batched sampling with a KV cache, and three commands made of it.
+"""Batched sampling with a KV cache, and three commands that use it.
 
     python generate.py --model DIR --adapter runs/ulma/final             chat; Ctrl-D ends it
     python generate.py --model DIR --prompt "How do I fix a lamp?"       one answer
     python generate.py --model DIR --dataset FILE --out answers.jsonl    one answer per record
 
---reference turns the last adapter off. A killed --dataset run, given again, ends in the same file.
+--reference turns the last adapter off. A killed --dataset run continues when it is started again.
 
-Distinct prompts go through the model once, as one packed stream without padding; then all rows
-decode together, one token each, and a row that ends leaves the batch. What a row says depends on
-its prompt and its seed alone: other rows change it by float rounding at most.
+Distinct prompts go through the model once, packed without padding; then all rows decode together,
+one token each, and a row that ends leaves the batch. A row depends on its prompt and its seed
+alone: other rows change its logits by float rounding at most.
 """
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention import attention, attention_segments
-from checkpoint import check_order, claim_file, sha256
-from data import ROLES, Tokenizer, encode_dialogue, read_dataset, run_cli
+from data import ROLES, Record, Tokenizer, encode_dialogue, read_dataset
+from files.cli import Help, check_ranges, run_cli, time_left
+from files.text import sha256
+from kernels.attention import Segments, attention, attention_segments
 from lora import load_adapter, lora_disabled, start_from_adapter
-from model import Llama, linear, load_llama
-from trees import truncate
+from model import Llama, LlamaConfig, linear, load_llama
+from packing import group_by_size, truncate
+from training.checkpoint import check_order, claim_file
 
 PREFILL_TOKENS = 8192      # prompts go through the model in streams of up to this size
-HEAD_ROWS = 2000           # of the head in one product: a CPU takes 32,000 at once 1/5 slower
-
+HEAD_ROWS = 2000           # rows of the head per product: a CPU takes a fifth longer for 32,000
+Seeds = list[int] | int | torch.Generator | None      # see row_seeds
 
 # ---- the cache ----------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of B rows that decode side by side, allocated once.
+    """Keys and values of B rows that decode together, allocated once.
 
-    Prompts end together, at slot P, the longest one's length, and new tokens follow. So all rows
-    write to one slot, `end`; `mask` hides the slots before a shorter prompt.
-
-    lengths          [B]    prompt lengths
-    max_new_tokens   slots after P
+    lengths          [B] int   prompt lengths, at most P
+    max_new_tokens   int       slots after the prompts
+    All prompts end in slot P - 1, so new tokens of all rows go to one slot, `end`; `mask` hides the
+    empty slots before a shorter prompt.
     """
 
     def __init__(self, model: Llama, lengths: list[int], max_new_tokens: int):
@@ -50,58 +53,51 @@ class Cache:
         self.starts = [self.end - length for length in lengths]     # slot of a row's first token
         shape = (len(lengths), config.num_key_value_heads, self.end + max_new_tokens,
                  config.head_dim)                                                # [B, Hkv, S, Dh]
-        # zeros: a hidden slot has weight 0, and 0 times what torch.empty finds could be NaN
+        # zeros: a hidden slot gets weight 0, and 0 times uninitialised memory could be NaN
         self.keys, self.values = ([weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
                                   for _ in range(2))
         hidden = (torch.arange(shape[2], device=weight.device)
                   < torch.tensor(self.starts, device=weight.device)[:, None])    # [B, S]
         self.mask = weight.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
 
-    def fill(self, layer: int, places, q: Tensor, k: Tensor, v: Tensor, segments) -> Tensor:
-        """In place of `attention`, over a stream of prompts; keeps their k and v.
-
-        places   [3, n] int64   row, slot, position in the stream: what goes where
-        """
-        rows, slots, positions = places
+    def fill(self, layer: int, places: Tensor, q: Tensor, k: Tensor, v: Tensor,
+             segments: Segments) -> Tensor:
+        """`attention` over a stream of prompts that also copies their k and v into the cache."""
+        rows, slots, positions = places          # [3, n] int64: where each position is copied to
         self.keys[layer][rows, :, slots] = k[positions]
         self.values[layer][rows, :, slots] = v[positions]
         return attention(q, k, v, segments)
 
-    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments) -> Tensor:
-        """In place of `attention`, one token per row: [B, H, Dh], [B, Hkv, Dh] -> [B, H, Dh]."""
+    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: None) -> Tensor:
+        """`attention` of one new token per row: [B, H, Dh], [B, Hkv, Dh] -> [B, H, Dh]."""
         rows, seen = slice(len(self.starts)), slice(min(self.starts), self.end + 1)
         keys, values = self.keys[layer], self.values[layer]
         keys[rows, :, self.end], values[rows, :, self.end] = k, v
-        # queries that share a key head stand where a sequence would: nothing is repeated
+        # queries that share a key head are passed as a sequence of G: no key is repeated
         grouped = q.unflatten(1, (k.shape[1], -1))                               # [B, Hkv, G, Dh]
         return F.scaled_dot_product_attention(grouped, keys[rows, :, seen], values[rows, :, seen],
                                               self.mask[rows, :, :, seen]).flatten(1, 2)
 
-    def keep(self, alive: list[int]) -> list[int]:
-        """Drop all rows but `alive` (ascending), the last of which move into the holes; returns
-        for each row that is left which it was."""
-        order = list(range(len(alive)))
-        holes = sorted(set(order) - set(alive))
-        for hole, mover in zip(holes, alive[len(alive) - len(holes):]):
-            order[hole] = mover
+    def compact(self, alive: list[int]) -> list[int]:
+        """Drop all rows but `alive` (ascending); returns the former numbers of the rows left."""
+        order = list(range(len(alive)))       # the last rows move to where others were dropped
+        free = sorted(set(order) - set(alive))
+        for target, source in zip(free, alive[len(alive) - len(free):]):
+            order[target] = source
             for tensor in (*self.keys, *self.values, self.mask):
-                tensor[hole] = tensor[mover]
+                tensor[target] = tensor[source]
         self.starts = [self.starts[row] for row in order]
         return order
 
 
 def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tuple[Cache, Tensor]:
     """Run every distinct prompt once: the cache of all rows, hidden [B, D] of their last tokens."""
-    rows_of, groups, weight = {}, [], model.lm_head.weight
+    rows_of, weight = {}, model.lm_head.weight
     for row, ids in enumerate(prompts):
         rows_of.setdefault(tuple(ids), []).append(row)
-    for ids in rows_of:
-        if not groups or sum(map(len, groups[-1])) + len(ids) > PREFILL_TOKENS:
-            groups.append([])
-        groups[-1].append(ids)
     cache = Cache(model, [len(ids) for ids in prompts], max_new_tokens)
     last = weight.new_empty(len(prompts), weight.shape[1])                       # [B, D]
-    for group in groups:
+    for group in group_by_size(rows_of, len, PREFILL_TOKENS):
         input_ids, position_ids, tree_ids, places, ends = [], [], [], [], []
         for number, ids in enumerate(group):
             positions = range(len(input_ids), len(input_ids) + len(ids))
@@ -122,6 +118,23 @@ def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tupl
 
 # ---- sampling -----------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample, as `generate` takes it: generate(model, prompts, **vars(sampling))."""
+    max_new_tokens: int          # a row ends here, or after EOS
+    temperature: float = 1.0     # divides the logits; 0 is greedy
+    top_p: float = 1.0           # in (0, 1]: sample from the smallest set with this mass
+    eos_id: int | None = ...     # ends a row; left out: the model's own; None: nothing does
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; expected >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected a number in (0, 1]")
+
+
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """probs, 0 outside the smallest set of tokens whose mass is >= top_p: [B, V] -> [B, V].
 
@@ -130,7 +143,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """
     size = probs.shape[-1]
     if probs.device.type == "cpu":
-        # tokens below (1 - p) / V weigh less than 1 - p together: sort only the others
+        # all tokens below (1 - p) / V have a mass of less than 1 - p together: sort only the others
         size = int((probs >= 0.5 * (1 - top_p) / size).sum(-1).max())
     largest = probs.topk(size).values                                            # [B, size]
     mass = largest.cumsum(-1, dtype=torch.float64)
@@ -142,12 +155,12 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def sample(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token per row, where the cumulative probability passes the noise.
+    """One token id per row: the first whose cumulative probability exceeds the noise.
 
-    logits        [B, V]
-    noise         [B] float64   uniform in [0, 1)
-    temperature   0: the most probable token
-    returns       [B] int64
+    logits    [B, V]
+    noise     [B] float64   uniform in [0, 1)
+    others    see `Sampling`
+    returns   [B] int64
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -160,11 +173,11 @@ def sample(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> T
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-def row_seeds(generator, count: int) -> list[int]:
-    """One seed per row; a larger count goes on where a smaller one ends.
+def row_seeds(generator: Seeds, count: int) -> list[int]:
+    """One seed per row; with a larger count, the seeds of a smaller one come first.
 
-    generator   a list: the seeds themselves; an int: they are drawn from this seed; a
-                torch.Generator (CPU) or None (torch's own): drawn from it, which moves it on
+    generator   a list: the seeds themselves; an int: the seeds are drawn from this one; a
+                torch.Generator (CPU) or None (torch's own): drawn from it, which advances it
     """
     if isinstance(generator, list):
         if len(generator) != count:
@@ -175,18 +188,8 @@ def row_seeds(generator, count: int) -> list[int]:
     return torch.randint(2 ** 32, (count,), generator=generator).tolist()
 
 
-# ---- generation ---------------------------------------------------------------------------------
-
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected a number >= 0 (0 is greedy)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; expected a number in (0, 1]")
-
-
-def check_prompts(config, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_prompts(config: LlamaConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raise ValueError for a prompt that is empty, too long, or has ids outside the vocabulary."""
     for number, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompt {number} is empty; expected at least one token, BOS")
@@ -199,21 +202,21 @@ def check_prompts(config, prompts: list[list[int]], max_new_tokens: int) -> None
 
 
 def next_logits(model: Llama, hidden: Tensor) -> Tensor:
-    """[B, D] -> [B, V]"""
+    """Hidden states [B, D] -> logits [B, V]."""
     blocks = model.lm_head.weight.split(HEAD_ROWS if hidden.device.type == "cpu" else 2 ** 31)
     return torch.cat([linear(hidden, rows) for rows in blocks], -1)
 
 
 @torch.inference_mode()
-def stream(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-           top_p: float = 1.0, eos_id=..., generator=None):
-    """`generate`, token by token: yields [(row, token id)] of the rows that still speak."""
-    check_sampling(max_new_tokens, temperature, top_p)
+def generate_tokens(model: Llama, prompts: list[list[int]], sampling: Sampling,
+                    generator: Seeds = None) -> Iterator[list[tuple[int, int]]]:
+    """`generate`, one token at a time: yields [(row, token id)] of the rows that have not ended."""
+    max_new_tokens = sampling.max_new_tokens
     check_prompts(model.config, prompts, max_new_tokens)
     seeds, rows = row_seeds(generator, len(prompts)), list(range(len(prompts)))
     if not rows:
         return
-    eos_id = model.config.eos_token_id if eos_id is ... else eos_id
+    eos_id = model.config.eos_token_id if sampling.eos_id is ... else sampling.eos_id
     device, was_training = model.lm_head.weight.device, model.training
     noise = torch.stack([
         torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
@@ -224,14 +227,15 @@ def stream(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperat
         cache, hidden = prefill(model, prompts, max_new_tokens)
         attend = [partial(cache.extend, layer) for layer in range(len(cache.keys))]
         for step in range(max_new_tokens):
-            input_ids = sample(next_logits(model, hidden), noise[:, step], temperature, top_p)
-            ids = input_ids.tolist()               # the one wait for the device in a step
+            logits = next_logits(model, hidden)                                  # [B, V]
+            input_ids = sample(logits, noise[:, step], sampling.temperature, sampling.top_p)
+            ids = input_ids.tolist()               # the only wait for the device in a step
             yield list(zip(rows, ids))
             alive = [place for place, token in enumerate(ids) if token != eos_id]
             if not alive or step + 1 == max_new_tokens:
                 return
             if len(alive) < len(rows):
-                order = cache.keep(alive)
+                order = cache.compact(alive)
                 rows, order = [rows[place] for place in order], torch.tensor(order, device=device)
                 input_ids, position_ids, noise = input_ids[order], position_ids[order], noise[order]
             hidden = model(input_ids, position_ids, None, attend)                # [B, D]
@@ -242,23 +246,21 @@ def stream(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperat
 
 
 def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-             top_p: float = 1.0, eos_id=..., generator=None) -> list[list[int]]:
+             top_p: float = 1.0, eos_id: int | None = ...,
+             generator: Seeds = None) -> list[list[int]]:
     """Sample one continuation of every prompt.
 
     prompts          [[int]]   token ids, BOS first; K equal prompts cost one prefill
-    max_new_tokens   int       a row ends here, or after EOS
-    temperature      float     divides the logits; 0 is greedy
-    top_p            float     in (0, 1]: sample from the smallest set with this mass
-    eos_id           int       ends a row; left out: the model's own; None: nothing does
+    max_new_tokens, temperature, top_p, eos_id   see `Sampling`
     generator        see `row_seeds`: the noise of row i depends on (generator, i) alone, so a list
                      of seeds gives the same text however the prompts are cut into batches
     returns          [[int]]   new tokens only; EOS is the last one where it was sampled
-    raises           ValueError   for an empty prompt, ids outside the vocabulary, more tokens than
-                     the model has positions, and settings out of range
-    Adapters count as they are set (`lora.lora_disabled`: the reference); dropout is off.
+    raises           ValueError for settings out of range, and see `check_prompts`
+    Adapters are used if they are on (`lora.lora_disabled`: the reference); dropout is off.
     """
     rows = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, eos_id, generator):
+    sampling = Sampling(max_new_tokens, temperature, top_p, eos_id)
+    for tokens in generate_tokens(model, prompts, sampling, generator):
         for row, token in tokens:
             rows[row].append(token)
     return rows
@@ -266,7 +268,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temper
 
 # ---- commands -----------------------------------------------------------------------------------
 
-def prompt_ids_of(model: Llama, tokenizer: Tokenizer, turns, max_new_tokens: int) -> list[int]:
+def prompt_ids_of(model: Llama, tokenizer: Tokenizer, turns: Sequence[tuple[str, str]],
+                  max_new_tokens: int) -> list[int]:
     """Ids of a dialogue in the Vicuna template, cut from the left where the model has no room."""
     positions = model.config.max_positions
     if (room := positions - max_new_tokens) < 2:
@@ -275,52 +278,51 @@ def prompt_ids_of(model: Llama, tokenizer: Tokenizer, turns, max_new_tokens: int
     return truncate(encode_dialogue(tokenizer, turns)[0], [], room, room)[0]
 
 
-def speak(tokenizer: Tokenizer, tokens) -> str:
-    """Print an answer as it comes, from `stream` of one prompt; Ctrl-C stops it.
+def print_answer(tokenizer: Tokenizer, tokens: Iterable[list[tuple[int, int]]]) -> str:
+    """Print an answer while `generate_tokens` gives its tokens; returns its text. Ctrl-C stops it.
 
     All ids are decoded each time: spaces, and characters made of several byte pieces, depend on
-    their neighbours. An unfinished character (U+FFFD at the end) waits for its rest.
+    their neighbours. An unfinished character (U+FFFD at the end) is printed when it is complete.
     """
-    ids, shown = [], ""
+    ids, printed = [], ""
     try:
         for ((_, token),) in tokens:
             ids.append(token)
-            before, shown = shown, tokenizer.decode(ids).rstrip("\ufffd")
-            print(shown[len(before):], end="", flush=True)
+            before, printed = printed, tokenizer.decode(ids).rstrip("\ufffd")
+            print(printed[len(before):], end="", flush=True)
     except KeyboardInterrupt:
         pass
     text = tokenizer.decode(ids)
-    print(text[len(shown):], flush=True)
+    print(text[len(printed):], flush=True)
     return text
 
 
-def chat(answer) -> None:
+def chat(answer: Callable[[list[tuple[str, str]]], str]) -> None:
     """Read questions until stdin ends; answer(turns) prints and returns the next answer's text."""
     turns = []
     while True:
         try:
-            said = input("USER: ")
+            question = input("USER: ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        if said.strip():
+        if question:
             print("ASSISTANT: ", end="", flush=True)
-            text = answer([*turns, ("Human", said.strip())]).strip()
+            text = answer([*turns, ("Human", question)]).strip()
             if text:
-                turns += [("Human", said.strip()), ("Assistant", text)]
+                turns += [("Human", question), ("Assistant", text)]
 
 
-def answer_file(model, tokenizer, records, out: str, done: int, batch_size: int, seed: int,
-                max_new_tokens: int, temperature: float, top_p: float) -> None:
+def answer_file(model: Llama, tokenizer: Tokenizer, records: list[Record], out: str, done: int,
+                batch_size: int, seed: int, sampling: Sampling) -> None:
     """Append a row for each record from number `done` on: prompt, completion, seed."""
     seeds, names = row_seeds(seed, len(records)), {name: role for role, name in ROLES.items()}
-    start, num_tokens, first = time.perf_counter(), 0, done
+    start, num_tokens = time.perf_counter(), 0
     with open(out, "a", encoding="utf-8") as file:
-        for done in range(first, len(records), batch_size):
-            batch = slice(done, min(done + batch_size, len(records)))
-            prompts = [prompt_ids_of(model, tokenizer, record.prompt, max_new_tokens)
+        for first in range(done, len(records), batch_size):
+            batch = slice(first, min(first + batch_size, len(records)))
+            prompts = [prompt_ids_of(model, tokenizer, record.prompt, sampling.max_new_tokens)
                        for record in records[batch]]
-            answers = generate(model, prompts, max_new_tokens, temperature, top_p,
-                               tokenizer.eos_id, seeds[batch])
+            answers = generate(model, prompts, **vars(sampling), generator=seeds[batch])
             for record, ids, row_seed in zip(records[batch], answers, seeds[batch]):
                 turns = [{"role": names[name], "content": text} for name, text in record.prompt]
                 file.write(json.dumps({
@@ -328,46 +330,42 @@ def answer_file(model, tokenizer, records, out: str, done: int, batch_size: int,
                     "tokens": len(ids), "ended": ids[-1] == tokenizer.eos_id}) + "\n")
             file.flush()
             num_tokens, seconds = num_tokens + sum(map(len, answers)), time.perf_counter() - start
-            left = seconds / (batch.stop - first) * (len(records) - batch.stop)
             print(f"{batch.stop}/{len(records)} answers  {num_tokens / seconds:.0f} tokens/s  "
-                  f"{left:.0f} s left", file=sys.stderr, flush=True)
+                  f"{time_left(seconds, batch.stop - done, len(records) - done)}",
+                  file=sys.stderr, flush=True)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     flag = parser.add_argument
     flag("--model", required=True, help="Hugging Face Llama folder with tokenizer.model")
-    flag("--adapter", nargs="+", help="PEFT adapter folder, such as RUN/final of train.py; after "
-                                      "train.py --sft_adapter A: A RUN/final")
-    flag("--reference", action="store_true", help="turn the adapter off")
-    flag("--bf16", action="store_true", help="load weights in bf16 (default: float32)")
-    flag("--prompt", help="answer this once and leave")
+    flag("--adapter", nargs="+", help="PEFT folders in training order, as RUN/final of train.py")
+    flag("--reference", action="store_true", help="turn the last adapter off")
+    flag("--bf16", action="store_true", help="load weights in bf16, not float32")
+    flag("--prompt", help="answer this one question and exit")
     flag("--dataset", help="answer every record's prompt of this file (see data.py)")
     flag("--out", help="file of JSON lines for --dataset")
-    flag("--overwrite", action="store_true", help="write --out anew")
-    flag("--batch_size", type=int, default=16, help="prompts at a time with --dataset (16)")
-    flag("--max_new_tokens", type=int, default=512, help="an answer ends here (512)")
-    flag("--temperature", type=float, default=0.7, help="divides the logits; 0: greedy (0.7)")
-    flag("--top_p", type=float, default=1.0, help="sample from the smallest set of this mass (1)")
-    flag("--seed", type=int, default=0, help="of the sampling; row i's seed follows from it (0)")
+    flag("--overwrite", action="store_true", help="replace --out")
+    flag("--batch_size", type=int, default=16, help="prompts at a time with --dataset")
+    flag("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
+    flag("--temperature", type=float, default=0.7, help="divides the logits; 0: greedy")
+    flag("--top_p", type=float, default=1.0, help="sample from the smallest set of this mass")
+    flag("--seed", type=int, default=0, help="of the sampling; every row's seed is drawn from it")
     args = parser.parse_args(argv)
-    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     if args.reference and not args.adapter:
         raise ValueError("--reference turns off an --adapter, and none was given")
     if (args.dataset is None) != (args.out is None) or (args.dataset and args.prompt is not None):
         raise ValueError("--dataset and --out go together, and without --prompt")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size is {args.batch_size}; expected at least 1")
+    check_ranges(args, ("batch_size",), {})
     return args
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, sampling = Tokenizer(args.model), (args.max_new_tokens, args.temperature, args.top_p)
+    device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", Tokenizer(args.model)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_id)
     model = load_llama(args.model, torch.bfloat16 if args.bf16 else torch.float32, device)
     if args.adapter:
         check_order(args.adapter)
@@ -379,9 +377,9 @@ def main(argv=None) -> None:
                          f"model {model.config.vocab_size}: some ids would have no text")
     generator = torch.Generator().manual_seed(args.seed)
 
-    def answer(turns) -> str:
+    def answer(turns: list[tuple[str, str]]) -> str:
         ids = prompt_ids_of(model, tokenizer, turns, args.max_new_tokens)
-        return speak(tokenizer, stream(model, [ids], *sampling, tokenizer.eos_id, generator))
+        return print_answer(tokenizer, generate_tokens(model, [ids], sampling, generator))
 
     with lora_disabled(model) if args.reference else nullcontext():
         if args.prompt is not None:
@@ -394,7 +392,7 @@ def main(argv=None) -> None:
             del flags["out"], flags["overwrite"]
             done = claim_file(args.out, flags, args.batch_size, len(records), args.overwrite)
             answer_file(model, tokenizer, records, args.out, done, args.batch_size, args.seed,
-                        *sampling)
+                        sampling)
 
 
 if __name__ == "__main__":

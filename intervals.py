@@ -1,42 +1,43 @@
-"""Win rates and how sure they are: bootstrap over prompts, t intervals over training seeds.
+"""Win rates and their 95 % intervals: bootstrap over prompts, Student's t over training seeds.
 
-    outcome        +1, 0, -1: the first answer of a comparison wins, ties, loses
-    over prompts   which prompts were asked is chance: bootstrap, one run is enough
-    over seeds     which model training ended in is chance: mean ± t s / sqrt(n), several runs
+    outcome        +1, 0, -1: the first response of a comparison wins, ties, loses
+    over prompts   how a result varies with the prompts of the test set: bootstrap, one run
+    over seeds     how it varies from training to training: mean ± t s / sqrt(n), several runs
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def bootstrap(statistic, rows: Tensor, draws: int = 1000,
+def bootstrap(statistic: Callable[[Tensor], Tensor | float], rows: Tensor, draws: int = 1000,
               prompts: Tensor | None = None) -> tuple[float, float, float]:
     """(value, low, high): statistic(rows) and its 95 % percentile interval over prompts.
 
     statistic  rows [n, …] -> number
     rows       [n, …]
-    draws      how often the prompts are drawn anew, with replacement
-    prompts    [n] int64   whose prompt a row is (default: every row has its own); the rows of a
-               prompt are drawn together, since they are not independent
+    draws      number of resamples, with replacement
+    prompts    [n] int64   number of each row's prompt (default: every row has its own); the rows of
+               a prompt are resampled together, since they are not independent
     """
     generator = torch.Generator().manual_seed(0)
     if prompts is None:
         prompts = torch.arange(len(rows))
     order = prompts.argsort(stable=True)                                         # [n]
     groups = order.split(prompts.unique(return_counts=True)[1].tolist())
-    alone = len(groups) == len(rows)
+    one_row_each = len(groups) == len(rows)
 
-    def draw():
+    def resample():
         chosen = torch.randint(len(groups), (len(groups),), generator=generator)
-        return rows[order[chosen] if alone else torch.cat([groups[i] for i in chosen])]
+        return rows[order[chosen] if one_row_each else torch.cat([groups[i] for i in chosen])]
 
-    values = sorted(float(statistic(draw())) for _ in range(draws))
+    values = sorted(float(statistic(resample())) for _ in range(draws))
     return float(statistic(rows)), values[int(0.025 * draws)], values[int(0.975 * draws)]
 
 
 def wins(margins: Tensor) -> Tensor:
-    """Share of positive margins, a zero margin counting one half."""
+    """Share of positive margins, [n] -> []; a margin of zero counts one half."""
     return (margins > 0).double().mean() + 0.5 * (margins == 0).double().mean()
 
 
@@ -46,12 +47,12 @@ def length_controlled_wins(outcomes: Tensor, lengths: Tensor, other_lengths: Ten
         P(win) = σ(θ + φ tanh(d / s)),   d = length - other length,   s = sample s.d. of d.
 
     outcomes               [n]   +1, 0, -1; a tie is half a win and half a loss
-    lengths, other_lengths [n]   of the two answers, any one unit
+    lengths, other_lengths [n]   of the two responses, in the same unit
     returns                in [0, 1]; the raw win rate if all d are equal (nothing to control for)
     Source: AlpacaEval 2, length_controlled_v1 (arXiv:2404.04475, section 3; tatsu-lab/alpaca_eval
     metrics/glm_winrate.py).
     Differs: one pair of models, so no instruction difficulty and no shared baseline rows; a ridge
-    of 1e-4 n on φ (1e-6 n on θ), for data that length separates, where they cross-validate L1.
+    of 1e-4 n on φ (1e-6 n on θ), for data that length separates; they cross-validate an L1 penalty.
     """
     gaps = (lengths - other_lengths).double()                                    # [n]
     targets = (outcomes.double() + 1) / 2                                        # [n]
@@ -60,7 +61,7 @@ def length_controlled_wins(outcomes: Tensor, lengths: Tensor, other_lengths: Ten
     features = torch.stack([torch.ones_like(gaps), torch.tanh(gaps / gaps.std())], 1)    # [n, 2]
     ridge = torch.tensor([1e-6, 1e-4], dtype=torch.float64)
     weights = torch.zeros(2, dtype=torch.float64)                                # θ, φ
-    for _ in range(100):      # Newton, each step cut to length 2: far from the top it overshoots
+    for _ in range(100):      # Newton; far from the maximum it overshoots: steps of length <= 2
         probs = torch.sigmoid(features @ weights)                                # [n]
         gradient = features.T @ (targets - probs) / len(gaps) - ridge * weights
         curvature = (features.T * (probs * (1 - probs))) @ features / len(gaps) + ridge.diag()
@@ -75,8 +76,9 @@ def t_quantile(degrees: int) -> float:
     """t with P(|T| < t) = 0.95 for Student's T: 12.706 at 1 degree of freedom, 1.960 in the limit.
 
     degrees  >= 1
-    Source: with t = sqrt(degrees) tan θ, P is ∫_0^θ cos^(degrees - 1) over the same to π/2;
-    I_m = cos^(m-1) θ sin θ / m + (m - 1)/m I_(m-2) (Abramowitz and Stegun 26.7.3, 26.7.4).
+    With t = sqrt(degrees) tan θ, P is I_m(θ) / I_m(π/2), where m = degrees - 1 and
+    I_m(θ) = ∫_0^θ cos^m = cos^(m-1) θ sin θ / m + (m - 1)/m I_(m-2)(θ).
+    Source: Abramowitz and Stegun 26.7.3, 26.7.4.
     """
     def integral(theta):
         total = theta if degrees % 2 else math.sin(theta)                        # I_0 or I_1
@@ -84,16 +86,18 @@ def t_quantile(degrees: int) -> float:
             total = (math.cos(theta)**(m - 1) * math.sin(theta) + (m - 1) * total) / m
         return total
 
-    low, high = 0.0, math.pi / 2
+    low, high = 0.0, math.pi / 2                                                 # bisection
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if integral(middle) < 0.95 * integral(math.pi / 2) else (
-            low, middle)
+        if integral(middle) < 0.95 * integral(math.pi / 2):
+            low = middle
+        else:
+            high = middle
     return math.sqrt(degrees) * math.tan(low)
 
 
 def seed_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half-width): mean ± t_{0.975, n-1} s / sqrt(n), s with n - 1; one value per run.
+    """(mean, half-width) of mean ± t_{0.975, n-1} s / sqrt(n), s the sample s.d.; a value per run.
 
     raises  ValueError on fewer than two values
     """

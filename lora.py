@@ -3,17 +3,17 @@
 The reference model of an objective is this same model with its adapters off:
 
     add_lora(model, r=8, alpha=32)
-    with torch.no_grad(), lora_disabled(model):
-        reference_hidden = model(input_ids)
+    with torch.no_grad(), lora_disabled(model) as reference:
+        reference_hidden = reference(input_ids)
 
 Several models can stand on one set of frozen weights, each with an adapter of its own:
 
     value = add_lora(share_base(model))
 """
-import json
 import math
 import os
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,18 +22,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Linear, linear
-from weights import misfits, read_files, read_json
+from files.text import read_json, write_json
+from files.weights import misfits, read_files
+from kernels.lora_linear import linear, lora_linear
+from model import Linear, Llama
 
 PREFIX = "base_model.model."        # PEFT wraps the model twice
 
-# Keys of adapter_config.json: those that say no more than what is read here, and those accepted
-# with these values only (other initialisations, such as PiSSA's, change the base model's weights).
-INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha",
-              "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "revision",
-              "target_modules", "task_type"}
-PLAIN_KEYS = {"peft_type": ("LORA",), "bias": ("none",),
-              "init_lora_weights": (True, "gaussian", "orthogonal")}
+# Keys of adapter_config.json that change no number beside those read here, and keys accepted with
+# these values only (other initialisations, such as PiSSA's, change the base model's weights).
+IGNORED_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha",
+                "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
+                "revision", "target_modules", "task_type"}
+ACCEPTED_VALUES = {"peft_type": ("LORA",), "bias": ("none",),
+                   "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
 class AdaptedLinear(Linear):
@@ -47,10 +49,7 @@ class AdaptedLinear(Linear):
         self.weight, self.updates = weight, updates
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight)                                               # [T, out]
-        for lora_A, lora_B, scaling in self.updates:
-            y = y + linear(scaling * linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
-        return y
+        return lora_linear(x, self.weight, self.updates)                         # [T, out]
 
 
 class LoRALinear(nn.Module):
@@ -74,10 +73,13 @@ class LoRALinear(nn.Module):
         self.scaling, self.dropout, self.enabled = alpha / r, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = AdaptedLinear.forward(self, x)                                       # [T, out]
+        own = (self.lora_A, self.lora_B, self.scaling)
         if not self.enabled:
-            return y
-        x = F.dropout(x, self.dropout, self.training)
+            return lora_linear(x, self.weight, self.updates)                     # [T, out]
+        if not (self.dropout and self.training):
+            return lora_linear(x, self.weight, (*self.updates, own))
+        y = lora_linear(x, self.weight, self.updates)
+        x = F.dropout(x, self.dropout)
         low = self.scaling * linear(x, self.lora_A.to(x.dtype))                  # [T, r]
         return y + linear(low, self.lora_B.to(x.dtype))
 
@@ -93,24 +95,24 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def updated_layers(model: nn.Module) -> dict[str, LoRALinear | AdaptedLinear]:
-    """Every layer that computes something else than its weight says."""
+    """Layers with an update on top of W."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, (LoRALinear, AdaptedLinear))}
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the layers that may have an adapter, or have one."""
-    # not the head: its weight is used by kernels/, it is never called
+    """Names of the linear layers, adapted or not."""
+    # not the head: kernels/ reads its weight, it is never called
     return [name for name, module in model.named_modules()
             if isinstance(module, (Linear, LoRALinear)) and name != "lm_head"]
 
 
-def matching(names: list[str], target_modules) -> list[str]:
-    """The names that target_modules means, read as PEFT reads it.
+def matching(names: list[str], target_modules: str | Sequence[str]) -> list[str]:
+    """The names that target_modules selects, by PEFT's rules.
 
     target_modules  names or their ends ("q_proj", "0.self_attn.q_proj"); or one text: a regular
                     expression for whole names, or "all-linear"
-    raises          ValueError naming the targets that mean no layer, or for a bad expression
+    raises          ValueError naming the targets that select no layer, or for a bad expression
     """
     if target_modules == "all-linear":
         return names
@@ -119,18 +121,18 @@ def matching(names: list[str], target_modules) -> list[str]:
             pattern = re.compile(target_modules)
         except re.error as error:
             raise ValueError(f"target_modules {target_modules!r}: {error}") from None
-        means = {target_modules: [name for name in names if pattern.fullmatch(name)]}
+        selected = {target_modules: [name for name in names if pattern.fullmatch(name)]}
     else:
-        means = {target: [name for name in names if f".{name}".endswith(f".{target}")]
-                 for target in target_modules}
-    if unknown := sorted(target for target in means if not means[target]):
+        selected = {target: [name for name in names if f".{name}".endswith(f".{target}")]
+                    for target in target_modules}
+    if unknown := sorted(target for target in selected if not selected[target]):
         raise ValueError(f"no linear layer is called {', '.join(unknown)}; there are "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
-    return [name for name in names if any(name in found for found in means.values())]
+    return [name for name in names if any(name in found for found in selected.values())]
 
 
 def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0.1,
-             target_modules=("q_proj", "v_proj")) -> nn.Module:
+             target_modules: str | Sequence[str] = ("q_proj", "v_proj")) -> nn.Module:
     """Freeze `model` and put an adapter on every linear layer that is a target (see `matching`).
 
     Set dropout=0 for an objective that compares with the reference: with dropout the two would
@@ -164,13 +166,13 @@ def share_base(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def lora_disabled(model: nn.Module):
-    """Inside, the model is the base model: its adapters are off."""
+def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model, which it yields, is the base model: its adapters are off."""
     layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     for layer in layers:
         layer.enabled = False
     try:
-        yield
+        yield model
     finally:
         for layer in layers:
             layer.enabled = True
@@ -199,6 +201,19 @@ def freeze_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def add_score_head(model: Llama) -> Llama:
+    """Make it a reward model: give it `score.weight` [1, D], trained, in float32.
+
+    Zero, so all rewards start at 0. Saved in the adapter's own file, where PEFT has it: listed in
+    `modules_to_save`, for transformers' LlamaForSequenceClassification with num_labels = 1.
+    """
+    embedding = model.model.embed_tokens.weight
+    model.score = Linear(model.config.hidden_size, 1).to(
+        embedding.device, torch.promote_types(embedding.dtype, torch.float32))
+    torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
 # ---- PEFT's files -------------------------------------------------------------------------------
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -219,29 +234,25 @@ def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
     if len(matching(linear_names(model), targets)) > len(layers):
         targets = sorted(layers)                        # not on every layer of these names
     has_head = hasattr(model, "score")
-    config = {"peft_type": "LORA", "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
-              "base_model_name_or_path": base_model,
-              "r": r, "lora_alpha": layer.scaling * r, "lora_dropout": layer.dropout,
-              "target_modules": targets,
-              "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-              "modules_to_save": ["score"] if has_head else None, "use_rslora": False,
-              "use_dora": False,
-              "inference_mode": True}
-    if config["lora_alpha"] == int(config["lora_alpha"]):
-        config["lora_alpha"] = int(config["lora_alpha"])
+    alpha = layer.scaling * r
     os.makedirs(path, exist_ok=True)
-    with open(os.path.join(path, "adapter_config.json"), "w", encoding="utf-8") as stream:
-        json.dump(config, stream, indent=2)
+    write_json(os.path.join(path, "adapter_config.json"), {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
+        "base_model_name_or_path": base_model, "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": layer.dropout,
+        "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "modules_to_save": ["score"] if has_head else None,
+        "use_rslora": False, "use_dora": False, "inference_mode": True})
     tensors = {name: t.contiguous() for name, t in adapter_tensors(model).items()}
     save_file(tensors, os.path.join(path, "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
-def load_adapter(model: nn.Module, path: str) -> nn.Module:
-    """Put the adapter of a PEFT folder on `model`, without dropout; or into the adapters it has,
-    whose dropout stays (a resumed run must go on with its own).
+def read_adapter_config(path: str, has_head: bool) -> dict:
+    """The adapter_config.json of a PEFT folder.
 
-    raises  ValueError listing every missing, unexpected and mis-shaped tensor, and for a config
-            that is not plain LoRA
+    has_head   the model has a score head, so the adapter may save one
+    raises     FileNotFoundError without one; ValueError for values of the wrong type, and for
+               anything but plain LoRA
     """
     file = os.path.join(path, "adapter_config.json")
     if not os.path.isfile(file):
@@ -259,14 +270,25 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"{file}: {', '.join(bad)}; PEFT writes an integer r, a number "
                          "lora_alpha, names or a pattern target_modules, a list modules_to_save")
     wrong = [f"{key} = {value!r}" for key, value in config.items()
-             if key not in {*INERT_KEYS, "modules_to_save"}
-             and value not in (None, False, {}, [], *PLAIN_KEYS.get(key, ()))]
+             if key not in {*IGNORED_KEYS, "modules_to_save"}
+             and value not in (None, False, {}, [], *ACCEPTED_VALUES.get(key, ()))]
     # PEFT lists "classifier" beside "score" for every sequence classifier, and may repeat one
-    heads = {"score", "classifier"} if hasattr(model, "score") else set()
+    heads = {"score", "classifier"} if has_head else set()
     if extra := set(config.get("modules_to_save") or []) - heads:
         wrong.append(f"modules_to_save = {sorted(extra)}")
     if wrong:
         raise ValueError(f"{file}: only plain LoRA is supported, not {', '.join(wrong)}")
+    return config
+
+
+def load_adapter(model: nn.Module, path: str) -> nn.Module:
+    """Put the adapter of a PEFT folder on `model`, without dropout; or, where the model has
+    adapters, into those, whose dropout stays (a resumed run must go on with its own).
+
+    raises  ValueError listing every missing, unexpected and mis-shaped tensor, and for a config
+            that is not plain LoRA
+    """
+    config = read_adapter_config(path, hasattr(model, "score"))
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
     expected = adapter_tensors(model)
@@ -283,9 +305,9 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
 
 
 def start_from_adapter(model: nn.Module, path: str, merge: bool = False) -> nn.Module:
-    """Make model + the adapter of a PEFT folder the base: for an objective that follows SFT.
+    """Make the model with the adapter of a PEFT folder the base: for an objective that follows SFT.
 
-    merge   into the weights, for training all of them; else kept apart, which is exact in bf16 too
+    merge   into the weights, for training all of them; else beside them, exact in bf16 too
     """
     load_adapter(model, path)
     return merge_lora(model).requires_grad_(True) if merge else freeze_lora(model)

@@ -1,302 +1,351 @@
-"""One micro-batch, from trees to gradients: what each --method means, and how it is computed.
+"""What each --method means, and the parts of one micro-batch; train.py puts them in order.
 
     trees -> stream -> hidden -> log-probs of policy and reference -> losses -> backward
 
-The reference is the same weights with adapters off, in its own pass without gradients, and only
-over the responses whose loss asks for it. Losses are divided by the counts of the whole global
-batch, so packing, micro-batches and ranks leave the gradient as it is.
+METHODS is the index of the project. To add an objective: a pure function in ulma.py (imported
+here), a function here that gives it what it takes, a row in METHODS; a setting of its own is a
+field of Objective and a flag of train.py. Nothing is masked in a loss: prompt tokens are never
+labels, so only response tokens are scored.
 """
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from attention import to_device
-from kernels import linear_logps
-from lora import lora_disabled
+from data import Record
+from kernels import LinearLogps, linear_logps
+from kernels.attention import to_device
 from model import Llama
-from reward import feed_last_tokens, stream_rewards
-from trees import Stream, Tree, build_stream, pack
+from packing import Stream, Tree, build_stream, idle_stream, pack
 from ulma import (d2o_loss, dpo_loss, mse_reward_model_loss, negative_dpo_loss, pointwise_dpo_loss,
                   pointwise_mse_loss, pointwise_reward_model_loss, positive_dpo_loss,
                   response_logps, reward_model_loss, sft_loss, ulma_loss, ulma_mse_loss,
                   unlearning_loss, unlikelihood_loss)
 
+# Gives, as a context manager, the model to use as reference: partial(lora_disabled, model), the
+# same weights with adapters off; or partial(contextlib.nullcontext, other model).
+Reference = Callable[[], AbstractContextManager[Llama]]
 
-# ---- methods ------------------------------------------------------------------------------------
+
+# ---- what travels together ----------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Method:
-    """What --method stands for: `loss` of log-probs of policy p and reference r, [R] each.
-
-    A reward model has no reference, and p are its rewards.
-    """
-    uses: str            # responses it trains on: "all", "positive", "negative", "pairs", or
-                         # "anchors": negatives, each beside what the model itself said
+    """What a --method stands for."""
+    loss: Callable       # (policy_logps [R], reference_logps [R], stream, objective) -> losses,
+                         # per response or per pair; a reward model's (rewards [R], None, …)
+    trains_on: str       # responses: "all", "positive", "negative", "pairs", or "anchors":
+                         # negatives, each beside samples of the model itself
     reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
-    loss: object         # (p, r, stream, beta, log_z) -> losses, per response or per pair
-    p: str = "logps"     # what p is: "logps", or "rewards" of a score head
+    reward_model: bool = False       # trains an adapter and a score head, not a policy
 
 
-def anchored_loss(p: Tensor, r: Tensor, stream: Stream, beta: float, log_z: float,
-                  alpha: float) -> Tensor:
-    """`d2o_loss` of a stream of trees [negative, anchor 1 .. K] with K pairs each: [P]."""
-    p, r = (logps.view(len(p) - len(stream.pairs), -1) for logps in (p, r))      # [P, 1 + K]
-    return d2o_loss(p[:, 1:], p[:, 0], r[:, 1:], r[:, 0], beta, alpha)           # [P]
+@dataclass(frozen=True)
+class Objective:
+    """A method and its settings."""
+    method: Method
+    beta: float = 0.1                # KL strength
+    log_z: float = 0.0               # stand-in for beta log Z(x)
+    alpha: float | None = None       # D2O's weight of the negative's log-ratio
+    mean_logps: bool = False         # length averages instead of sums, as in the authors' code
+    reduction: str = "mean"          # "mean" or "class", see `loss_weights`
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a micro-batch is computed."""
+    device: torch.device | str = "cpu"
+    micro_tokens: int = 8192                                         # in one forward pass
+    linear_logps: Callable[..., LinearLogps] = linear_logps          # which of kernels/
+    attention: str = "dense"                                         # see kernels/attention.py
+
+
+# ---- methods: what the functions of ulma.py are given -------------------------------------------
+
+def sft(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+        objective: Objective) -> Tensor:
+    return sft_loss(policy_logps)
+
+
+def unlearning(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+               objective: Objective) -> Tensor:
+    return unlearning_loss(policy_logps)
+
+
+def unlikelihood(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+                 objective: Objective) -> Tensor:
+    return unlikelihood_loss(policy_logps, stream.scores)
+
+
+def pointwise(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+              objective: Objective, loss: Callable[..., Tensor]) -> Tensor:
+    """Objectives of single responses with a score: ULMA and pointwise DPO."""
+    return loss(policy_logps, reference_logps, stream.scores,
+                beta=objective.beta, log_z=objective.log_z)
+
+
+def one_sided(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+              objective: Objective, loss: Callable[..., Tensor]) -> Tensor:
+    """The positive or the negative half of pointwise DPO."""
+    return loss(policy_logps, reference_logps, beta=objective.beta, log_z=objective.log_z)
+
+
+def dpo(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+        objective: Objective) -> Tensor:
+    policy_chosen_logps, policy_rejected_logps = policy_logps[stream.pairs].T            # [P] each
+    reference_chosen_logps, reference_rejected_logps = reference_logps[stream.pairs].T
+    return dpo_loss(policy_chosen_logps, policy_rejected_logps,
+                    reference_chosen_logps, reference_rejected_logps, beta=objective.beta)
+
+
+def d2o(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+        objective: Objective) -> Tensor:
+    """Each tree is [negative, anchor 1 .. K], with K pairs."""
+    num_trees = len(policy_logps) - len(stream.pairs)
+    policy = policy_logps.view(num_trees, -1)                                    # [P, 1 + K]
+    reference = reference_logps.view(num_trees, -1)
+    return d2o_loss(policy_anchor_logps=policy[:, 1:], policy_negative_logps=policy[:, 0],
+                    reference_minus_anchor_logps=reference[:, 1:],
+                    reference_plus_negative_logps=reference[:, 0],
+                    beta=objective.beta, alpha=objective.alpha)
+
+
+def reward_model(rewards: Tensor, _: None, stream: Stream, objective: Objective) -> Tensor:
+    chosen_rewards, rejected_rewards = rewards[stream.pairs].T                   # [P] each
+    return reward_model_loss(chosen_rewards, rejected_rewards)
+
+
+def scored_reward_model(rewards: Tensor, _: None, stream: Stream, objective: Objective,
+                        loss: Callable[..., Tensor]) -> Tensor:
+    return loss(rewards, stream.scores)
 
 
 METHODS = {
-    "ulma":          Method("all", "negative",
-                            lambda p, r, s, b, c: ulma_loss(p, r, s.scores, b, c)),
-    "ulma_mse":      Method("all", "all",
-                            lambda p, r, s, b, c: ulma_mse_loss(p, r, s.scores, b, c)),
-    "pointwise_dpo": Method("all", "all",
-                            lambda p, r, s, b, c: pointwise_dpo_loss(p, r, s.scores, b, c)),
-    "pointwise_mse": Method("all", "all",
-                            lambda p, r, s, b, c: pointwise_mse_loss(p, r, s.scores, b, c)),
-    "dpo":           Method("pairs", "all",
-                            lambda p, r, s, b, c: dpo_loss(*p[s.pairs].T, *r[s.pairs].T, b)),
-    "sft":           Method("positive", "none", lambda p, r, s, b, c: sft_loss(p)),
-    "positive_dpo":  Method("positive", "all", lambda p, r, s, b, c: positive_dpo_loss(p, r, b, c)),
-    "unlearning":    Method("negative", "none", lambda p, r, s, b, c: unlearning_loss(p)),
-    "negative_dpo":  Method("negative", "all", lambda p, r, s, b, c: negative_dpo_loss(p, r, b, c)),
-    "d2o":           Method("anchors", "all", anchored_loss),     # alpha is bound by the caller
-    "unlikelihood":  Method("all", "none", lambda p, r, s, b, c: unlikelihood_loss(p, s.scores)),
-    "reward_model":  Method("pairs", "none",
-                            lambda p, r, s, b, c: reward_model_loss(*p[s.pairs].T), p="rewards"),
+    # name             loss                                         trains on    reference
+    "ulma":          Method(partial(pointwise, loss=ulma_loss),          "all", "negative"),
+    "ulma_mse":      Method(partial(pointwise, loss=ulma_mse_loss),      "all", "all"),
+    "pointwise_dpo": Method(partial(pointwise, loss=pointwise_dpo_loss), "all", "all"),
+    "pointwise_mse": Method(partial(pointwise, loss=pointwise_mse_loss), "all", "all"),
+    "dpo":           Method(dpo,                                       "pairs", "all"),
+    "sft":           Method(sft,                                       "positive", "none"),
+    "positive_dpo":  Method(partial(one_sided, loss=positive_dpo_loss), "positive", "all"),
+    "unlearning":    Method(unlearning,                                "negative", "none"),
+    "negative_dpo":  Method(partial(one_sided, loss=negative_dpo_loss), "negative", "all"),
+    "d2o":           Method(d2o,                                       "anchors", "all"),
+    "unlikelihood":  Method(unlikelihood,                              "all", "none"),
+    "reward_model":  Method(reward_model, "pairs", "none", reward_model=True),
     "pointwise_reward_model": Method(
-        "all", "none", lambda p, r, s, b, c: pointwise_reward_model_loss(p, s.scores), p="rewards"),
+        partial(scored_reward_model, loss=pointwise_reward_model_loss), "all", "none",
+        reward_model=True),
     "mse_reward_model": Method(
-        "all", "none", lambda p, r, s, b, c: mse_reward_model_loss(p, s.scores), p="rewards"),
+        partial(scored_reward_model, loss=mse_reward_model_loss), "all", "none",
+        reward_model=True),
 }
-NEEDS_REFERENCE = {"all": lambda score: True, "negative": lambda score: score < 1,
-                   "none": lambda score: False}
 
 
-def check_fit(name: str, records) -> None:
+def needs_reference(method: Method, score: float) -> bool:
+    """Whether the loss of a response with this score asks for the reference's log-prob."""
+    return method.reference == "all" or (method.reference == "negative" and score < 1)
+
+
+def check_fit(name: str, records: Iterable[Record], methods: dict[str, Method] = METHODS) -> None:
     """Raise ValueError, naming the methods that fit, if `name` cannot train on these records."""
+    records = list(records)
     scores = {score for record in records for score in record.scores}
-    has = {"all": bool(scores), "positive": 1 in scores, "negative": 0 in scores,
-           "anchors": 0 in scores,
+    has = {"all": any(score < 1 for score in scores),        # else they reduce to SFT
+           "positive": 1 in scores, "negative": 0 in scores, "anchors": 0 in scores,
            "pairs": any(len(set(record.scores)) > 1 for record in records)}
-    # these are more than SFT only through their bad responses
-    needs_bad = {"ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "unlikelihood",
-                 "pointwise_reward_model", "mse_reward_model"}
-    fit = [method for method in METHODS if has[METHODS[method].uses]
-           and (method not in needs_bad or min(scores) < 1)]
+    fit = [other for other, method in methods.items() if has[method.trains_on]]
     if name not in fit:
         lack = {"pairs": "no prompt has a better and a worse response",
                 "positive": "no response has z = 1", "negative": "no response has z = 0",
                 "anchors": "no response has z = 0",
-                "all": "no response has z < 1"}[METHODS[name].uses]
+                "all": "no response has z < 1"}[methods[name].trains_on]
         raise ValueError(f"--method {name} does not fit the data: {lack}; methods that fit: "
                          f"{', '.join(fit) or 'none'}")
 
 
-# ---- the reference ------------------------------------------------------------------------------
-
-@contextmanager
-def adapters_off(model):
-    """Reference under LoRA: the same weights with adapters off."""
-    with lora_disabled(model):
-        yield model
-
-
-@contextmanager
-def frozen_copy(model):
-    """Reference when all weights are trained: a copy that is not."""
-    yield model
-
-
-# ---- one micro-batch ----------------------------------------------------------------------------
+# ---- a model over a stream ----------------------------------------------------------------------
 
 def scored_hidden(model: Llama, stream: Stream) -> Tensor:
     """The hidden state that predicts each label of a stream: [N, D].
 
-    Behind its attention the last layer is computed for these only; for all where something there is
-    trained, so that its dropout and the order of its gradient's sums do not hang on this saving.
+    After its attention the last layer runs on the scored positions only; on all of them if its
+    weights there are trained, so that dropout masks and the order of sums do not change.
     """
+    if not len(stream.input_ids):
+        return model.lm_head.weight.new_empty(0, model.config.hidden_size)
     last = model.model.layers[-1]
     behind = [*last.self_attn.o_proj.parameters(), *last.mlp.parameters(), model.lm_head.weight]
-    rows = None if any(p.requires_grad for p in behind) else stream.rows
-    hidden = model(stream.input_ids, stream.position_ids, stream.segments, rows=rows)
-    return hidden.index_select(0, stream.predict_from if rows is None else stream.row_ids)
+    if any(p.requires_grad for p in behind):
+        hidden = model(stream.input_ids, stream.position_ids, stream.segments)   # [T, D]
+        return hidden.index_select(0, stream.predict_from)
+    hidden = model(stream.input_ids, stream.position_ids, stream.segments, rows=stream.rows)
+    return hidden.index_select(0, stream.row_ids)
 
 
-def token_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
-                linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
-    """log π and log π_ref of every scored token of a stream: [N], [M] float32, nats.
-
-    model             the policy
-    reference         context manager inside which it gives the model to use as reference
-    reference_stream  the same trees with only the responses that need a reference; None for none
-    linear_logps      which of kernels/ computes them
-    """
-    hidden, head = scored_hidden(model, stream), model.lm_head.weight            # [N, D]
-    reference_hidden, reference_labels = hidden.new_empty(0, hidden.shape[1]), stream.labels[:0]
-    reference_head = head
-    if reference_stream is not None:
-        with torch.no_grad(), reference() as frozen:
-            reference_hidden = scored_hidden(frozen, reference_stream)           # [M, D]
-            reference_head = frozen.lm_head.weight
-        reference_labels = reference_stream.labels
-    if reference_head is head:
-        return linear_logps(hidden, reference_hidden, head, stream.labels,
-                            reference_labels)                                    # [N], [M]
-    # all weights are trained, the head among them
-    policy, _ = linear_logps(hidden, hidden[:0], head, stream.labels, stream.labels[:0])
-    _, frozen = linear_logps(hidden[:0].detach(), reference_hidden, reference_head,
-                             reference_labels[:0], reference_labels)
-    return policy, frozen
+def token_logps(model: Llama, stream: Stream,
+                linear_logps: Callable[..., LinearLogps] = linear_logps) -> Tensor:
+    """log π(y_t | x, y_<t) of every scored token of a stream, by one model: [N] float32, nats."""
+    hidden = scored_hidden(model, stream)                                        # [N, D]
+    return linear_logps(hidden, hidden[:0].detach(), model.lm_head.weight, stream.labels,
+                        stream.labels[:0]).policy_logps
 
 
-def sequence_logps(model: Llama, reference, stream: Stream, reference_stream: Stream | None,
-                   mean: bool = False, linear_logps=linear_logps) -> tuple[Tensor, Tensor]:
-    """log π(y | x) and log π_ref(y | x) of every response of a stream: [R] each, float32, nats.
+def sequence_logps(model: Llama, stream: Stream, mean: bool = False,
+                   linear_logps: Callable[..., LinearLogps] = linear_logps) -> Tensor:
+    """log π(y | x) of every response of a stream, by one model: [R] float32, nats.
 
     mean    length averages, as in the authors' code
-    others  see `token_logps`; a response left out of reference_stream gets 0
     """
-    policy, frozen = token_logps(model, reference, stream, reference_stream,
-                                 linear_logps)                                   # [N], [M]
-    owners = stream.response_ids[:0] if reference_stream is None else reference_stream.response_ids
-    return (response_logps(policy, stream.response_ids, len(stream.scores), mean),
-            response_logps(frozen, owners, len(stream.scores), mean))
+    return response_logps(token_logps(model, stream, linear_logps), stream.response_ids,
+                          len(stream.scores), mean)
 
 
 @torch.no_grad()
-def reference_logps(reference, trees: list[Tree], wanted, mean: bool, micro_tokens: int,
-                    linear_logps=linear_logps, attention: str = "dense") -> list[list[float]]:
-    """log π_ref(y | x) of every response of every tree, nats, to be kept; 0 for those not wanted.
+def reference_logps(reference: Reference, trees: list[Tree], wanted: Callable[[float], bool],
+                    mean: bool, compute: Compute) -> list[list[float]]:
+    """log π_ref(y | x) of every response of every tree, nats, to be cached; 0 where not wanted.
 
     wanted   score -> bool: which responses
-    others   see `sequence_logps`, `backward_batch`
     """
     logps = []
-    with reference() as frozen:
-        head = frozen.lm_head.weight
-        for group in pack(trees, micro_tokens):
-            stream = build_stream(group, head.device, wanted, attention)
-            if stream is None:
-                logps += [0.0] * sum(len(tree.scores) for tree in group)
-                continue
-            hidden = scored_hidden(frozen, stream)                               # [N, D]
-            _, per_token_logps = linear_logps(hidden[:0], hidden, head, stream.labels[:0],
-                                              stream.labels)                     # [N]
-            logps += response_logps(per_token_logps, stream.response_ids, len(stream.scores),
-                                    mean).tolist()
+    with reference() as model:
+        for group in pack(trees, compute.micro_tokens):
+            stream = build_stream(group, compute.device, wanted, compute.attention)
+            logps += sequence_logps(model, stream, mean, compute.linear_logps).tolist()
     ends = torch.tensor([len(tree.scores) for tree in trees]).cumsum(0).tolist()
     return [logps[end - len(tree.scores):end] for end, tree in zip(ends, trees)]
 
 
-def loss_weights(scores: Tensor, pairs: Tensor, counts: dict, reduction: str, uses: str) -> Tensor:
-    """1 / (what the loss is averaged over, in the whole global batch), per loss.
+# ---- reward models ------------------------------------------------------------------------------
+# r(x, y) = w · h, h the last layer's state at the last token of the response, EOS included. A
+# policy's stream leaves that token out: it predicts nothing. A reward model has to read it: after
+# "a b c" the state is the same whether the answer ended there or was cut one token later, and only
+# the first of the two deserves a finished answer's reward.
 
-    "mean": over all responses (or pairs). "class": the mean over positives plus the mean over
-    the others, as the authors' code forms per micro-batch; here the counts are the batch's.
+def feed_last_tokens(trees: list[Tree]) -> list[Tree]:
+    """Append a dummy label to every response, so that its last token is fed too."""
+    return [replace(tree, response_ids=[[*ids, 0] for ids in tree.response_ids]) for tree in trees]
+
+
+def stream_rewards(model: Llama, stream: Stream) -> Tensor:
+    """r(x, y) of every response: [R] float32.
+
+    model    with a score head
+    stream   of trees from `feed_last_tokens`: a response's last position is its last token's
     """
-    if uses == "pairs":
-        count, number = counts["pairs"], len(pairs)
-    elif uses == "anchors":              # a tree of 1 + K responses and K pairs has one loss
-        count, number = counts["responses"] - counts["pairs"], len(scores) - len(pairs)
-    else:
-        count, number = counts["responses"], len(scores)
-    if reduction == "mean" or uses in ("pairs", "anchors"):
-        return scores.new_full((number,), 1 / count, dtype=torch.float64)
-    others = counts["responses"] - counts["positive"]
-    weights = torch.tensor([1 / max(1, others), 1 / max(1, counts["positive"])],
-                           dtype=torch.float64)
-    return to_device(weights, scores.device)[(scores == 1).long()]
+    hidden = model(stream.input_ids, stream.position_ids, stream.segments)       # [T, D]
+    numbers = torch.arange(len(stream.scores), device=stream.scores.device)      # [R]
+    last = torch.searchsorted(stream.response_ids, numbers, right=True) - 1      # [R]
+    hidden = hidden.index_select(0, stream.predict_from[last])                   # [R, D]
+    return hidden.to(model.score.weight.dtype) @ model.score.weight[0]           # [R]
 
 
-def batch_counts(trees: list[Tree]) -> dict:
+@torch.no_grad()
+def tree_rewards(model: Llama, trees: list[Tree], micro_tokens: int = 8192) -> Tensor:
+    """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R]."""
+    device = model.score.weight.device
+    return torch.cat([stream_rewards(model, build_stream(group, device))
+                      for group in pack(feed_last_tokens(trees), micro_tokens)])
+
+
+# ---- a rank's share of a batch ------------------------------------------------------------------
+
+def group_trees(trees: list[Tree], method: Method, micro_tokens: int) -> list[list[Tree]]:
+    """The trees of every micro-batch."""
+    return pack(feed_last_tokens(trees) if method.reward_model else trees, micro_tokens)
+
+
+def micro_batches(trees: list[Tree], method: Method, compute: Compute,
+                  passes: int = 0) -> Iterator[tuple[Stream, Stream]]:
+    """(stream, reference stream) of every micro-batch of a rank's share.
+
+    passes    with FSDP: the largest number of micro-batches on any rank. A forward gathers weights
+              on all ranks, so all ranks run equally many
+    yields    the reference stream holds the responses that need the reference, of the same trees;
+              no token where none does, or where the trees have its log-probs cached
+    """
+    groups = group_trees(trees, method, compute.micro_tokens)
+    idle = idle_stream(compute.device, compute.attention) if passes else None
+    for group in groups:
+        stream = build_stream(group, compute.device, None, compute.attention)
+        if method.reference == "none" or stream.reference_logps is not None:
+            reference_stream = build_stream([], compute.device)
+        elif method.reference == "all":
+            reference_stream = stream
+        else:
+            reference_stream = build_stream(group, compute.device, partial(
+                needs_reference, method), compute.attention)
+            if passes and not len(reference_stream.input_ids):
+                reference_stream = idle       # output unused: it keeps FSDP ranks in step
+        yield stream, reference_stream
+    for _ in range(passes - len(groups)):
+        yield idle, (idle if method.reference != "none" else build_stream([], compute.device))
+
+
+def batch_counts(trees: list[Tree]) -> dict[str, int]:
     """How many responses, positives (z = 1) and pairs a global batch has."""
     return {"responses": sum(len(tree.scores) for tree in trees),
             "positive": sum(tree.scores.count(1.0) for tree in trees),
             "pairs": sum(len(tree.pairs) for tree in trees)}
 
 
+def loss_weights(stream: Stream, counts: dict[str, int], objective: Objective) -> Tensor:
+    """1 / (what the loss is averaged over, in the whole global batch), per loss: float64.
+
+    counts   of the global batch, see `batch_counts`; so packing, micro-batches and ranks leave the
+             gradient as it is
+    Reduction "mean": over all responses (or pairs). "class": the mean over positives plus the mean
+    over the others, as the authors' code forms per micro-batch; here over the batch.
+    """
+    trains_on, scores = objective.method.trains_on, stream.scores
+    if trains_on == "pairs":
+        return scores.new_full((len(stream.pairs),), 1 / counts["pairs"], dtype=torch.float64)
+    if trains_on == "anchors":           # a tree of 1 + K responses and K pairs has one loss
+        return scores.new_full((len(scores) - len(stream.pairs),),
+                               1 / (counts["responses"] - counts["pairs"]), dtype=torch.float64)
+    if objective.reduction == "mean":
+        return scores.new_full((len(scores),), 1 / counts["responses"], dtype=torch.float64)
+    others = counts["responses"] - counts["positive"]
+    weights = torch.tensor([1 / max(1, others), 1 / max(1, counts["positive"])],
+                           dtype=torch.float64)
+    return to_device(weights, scores.device)[(scores == 1).long()]
+
+
 METRICS = ("rewards/positive", "rewards/negative", "logps/positive", "logps/negative",
            "rewards/accuracies")
 
 
-def metric_sums(logps: Tensor | None, rewards: Tensor, has_reward, stream: Stream) -> Tensor:
-    """(sum, count) of each of METRICS over a stream: [2 · 5].
+@torch.no_grad()
+def metric_sums(policy: Tensor, reference_logps: Tensor | None, stream: Stream,
+                objective: Objective) -> Tensor:
+    """(sum, count) of each of METRICS over a stream: [2 · 5] float64.
 
-    logps       [R] float, detached; None from a reward model
-    rewards     [R] float, detached: of a score head, or beta · log-ratios
-    has_reward  True, False or [R] bool: a policy's responses have one where they met the reference
-    Positive is z = 1, negative z < 1; accuracies count pairs whose chosen response has the larger
-    reward, where all responses have one.
+    policy           [R] float   log-probs, or a reward model's rewards
+    reference_logps  [R] float   None from a reward model
+    Positive is z = 1, negative z < 1. A policy's implicit reward is beta times its log-ratio, of
+    responses for which the reference was run; accuracies count pairs whose chosen response has the
+    larger reward, where all responses have one.
     """
-    positive = stream.scores == 1                                                # [R]
-    masks = [positive & has_reward, ~positive & has_reward, positive, ~positive]
-    if logps is None:
-        logps, masks[2:] = rewards, [torch.zeros_like(positive)] * 2
-    sums = [part for value, mask in zip((rewards, rewards, logps, logps), masks)
-            for part in ((value * mask).sum(), mask.sum())]
-    chosen, rejected = rewards[stream.pairs].T if has_reward is True else rewards.new_empty(2, 0)
-    sums += [(chosen > rejected).sum(), rewards.new_full((), len(chosen))]
+    method, positive = objective.method, stream.scores == 1
+    everywhere = torch.ones_like(positive)
+    if method.reward_model:
+        rewards, logps, has_reward, has_logps = policy, policy, everywhere, ~everywhere
+    else:
+        rewards, logps, has_logps = objective.beta * (policy - reference_logps), policy, everywhere
+        has_reward = {"all": everywhere, "negative": stream.scores < 1,
+                      "none": ~everywhere}[method.reference]
+    sums = []
+    for values, mask in ((rewards, positive & has_reward), (rewards, ~positive & has_reward),
+                         (logps, positive & has_logps), (logps, ~positive & has_logps)):
+        sums += [(values * mask).sum(), mask.sum()]
+    if method.reward_model or method.reference == "all":
+        chosen, rejected = rewards[stream.pairs].T
+        sums += [(chosen > rejected).sum(), rewards.new_full((), len(chosen))]
+    else:
+        sums += [rewards.new_zeros(()), rewards.new_zeros(())]
     return torch.stack([part.double() for part in sums])
-
-
-def micro_batches(trees: list[Tree], method: Method, micro_tokens: int) -> list[list[Tree]]:
-    """The trees of each forward pass; see trees.pack."""
-    return pack(feed_last_tokens(trees) if method.p == "rewards" else trees, micro_tokens)
-
-
-def idle(model: Llama, reference, device) -> None:
-    """The passes of a micro-batch with nothing in it: one token, and a gradient of zero."""
-    token = torch.zeros(1, dtype=torch.int64, device=device)
-    hidden = model(token)                                                        # [1, D]
-    if reference is not None:
-        with torch.no_grad(), reference() as frozen:
-            frozen(token)
-    (0 * hidden.sum()).backward()
-
-
-def backward_batch(model: Llama, reference, method: Method, trees: list[Tree], counts: dict, *,
-                   beta: float, log_z: float, mean_logps: bool, reduction: str, micro_tokens: int,
-                   device="cpu", linear_logps=linear_logps, attention: str = "dense",
-                   lockstep: int = 0) -> Tensor:
-    """Accumulate the gradient of this rank's share of a batch; returns [loss, tokens, *METRICS].
-
-    reference  None where the trees keep their reference_logps
-    trees      this rank's; counts, of the whole batch (see `loss_weights`)
-    attention  see trees.build_stream
-    lockstep   micro-batches of the rank that has most, where layers are sharded: their weights are
-               gathered on all ranks at a time, so every rank runs as many passes
-    Reads nothing back from the device: what a step found is in its result.
-    """
-    needs_reference, is_reward_model = NEEDS_REFERENCE[method.reference], method.p == "rewards"
-    totals = torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64, device=device)
-    groups = micro_batches(trees, method, micro_tokens)
-    for group in groups:
-        stream = build_stream(group, device, None, attention)
-        if is_reward_model:
-            policy, frozen = stream_rewards(model, stream), None                  # [R]
-            metrics = metric_sums(None, policy.detach(), True, stream)
-        else:
-            kept = group[0].reference_logps is not None
-            reference_stream = (None if kept else stream if method.reference == "all"
-                                else build_stream(group, device, needs_reference, attention))
-            if lockstep and method.reference == "negative":
-                reference_stream = reference_stream or stream    # nobody looks at what it says
-            policy, frozen = sequence_logps(                                      # [R], [R]
-                model, reference, stream, reference_stream, mean_logps, linear_logps)
-            if kept:
-                frozen = to_device(torch.tensor([r for tree in group for r in tree.reference_logps],
-                                                dtype=policy.dtype), device)
-            metrics = metric_sums(policy.detach(), beta * (policy.detach() - frozen),
-                                  needs_reference(stream.scores), stream)
-        losses = method.loss(policy, frozen, stream, beta, log_z)                 # [R] or [P]
-        loss = (losses * loss_weights(stream.scores, stream.pairs, counts, reduction,
-                                      method.uses)).sum()
-        loss.backward()
-        totals[0] += loss.detach()
-        totals[1] += len(stream.input_ids)
-        totals[2:] += metrics
-    for _ in range(lockstep - len(groups)):
-        idle(model, reference if method.reference != "none" else None, device)
-    return totals

@@ -2,7 +2,7 @@
 
 Read this file first. Every function takes log-probabilities of whole responses (sums over the
 response's tokens, in nats, float32) and returns `losses`, one per response or pair; the caller
-reduces them. Reward models get `rewards` instead; what others proposed is in more_losses.py.
+reduces them. Reward models get `rewards` instead. ρ stands for log π - log π_ref.
 Symbols, for a prompt x, a response y and its human score z in [0, 1]:
 
     log π(y | x)     policy_logps       what the model under training gives the response
@@ -102,7 +102,7 @@ def ulma_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor,
     """-z log π - (1 - z) log σ(-h): SFT on positives, point-wise DPO on negatives.
 
     policy_logps     [R] float   nats
-    reference_logps  [R] float   constant; not looked at where z = 1 (any finite value will do)
+    reference_logps  [R] float   constant; ignored where z = 1 (any finite value will do)
     scores           [R] float   z in [0, 1]
     returns          [R] float   loss per response, nats
     Source: the ULMA objective, section 4.3 (unnumbered; it lacks a closing parenthesis).
@@ -170,7 +170,7 @@ def d2o_loss(policy_anchor_logps: Tensor, policy_negative_logps: Tensor,
     Source: D2O, arXiv:2403.03419v2, Eq. 3; its gradient is Eq. 4. There K = 11, alpha = beta = 0.1
     and both references are the model before training.
     Note: references only shift the argument of σ. Anchors sampled from the policy of the same step
-    would hold nothing: over y ~ π the mean of grad log π(y) is 0.
+    carry no signal: over y ~ π the mean of grad log π(y) is 0.
     """
     anchor_logratios = (policy_anchor_logps - reference_minus_anchor_logps).mean(-1)     # [P]
     negative_logratios = policy_negative_logps - reference_plus_negative_logps   # [P]
@@ -179,6 +179,82 @@ def d2o_loss(policy_anchor_logps: Tensor, policy_negative_logps: Tensor,
                      + (beta - alpha) * negative_logratios)                      # [P]
     return -F.logsigmoid(reward_logits)                                          # [P]
 
+
+# ---- related objectives, no --method yet --------------------------------------------------------
+
+def ipo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+             reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
+             tau: float) -> Tensor:
+    """(ρ(chosen) - ρ(rejected) - 1 / (2 tau))²: a margin to reach, not one to grow without end.
+
+    policy_chosen_logps, …  [P] float   nats
+    tau                     KL strength
+    returns                 [P] float   squared error per pair
+    Source: IPO, arXiv:2310.12036, Eq. 17.
+    Differs: TRL passes length averages, on the advice of IPO's authors; the paper writes sums.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps              # [P]
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps        # [P]
+    return (chosen_logratios - rejected_logratios - 1 / (2 * tau)) ** 2
+
+
+def simpo_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float,
+               gamma: float) -> Tensor:
+    """-log σ(beta (m(chosen) - m(rejected)) - gamma),  m = log π / length: no reference.
+
+    chosen_mean_logps, …  [P] float   length averages, nats per token
+    beta, gamma           scale (2 or more, since m is small) and margin
+    returns               [P] float   loss per pair, nats
+    Source: SimPO, arXiv:2405.14734.
+    """
+    return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
+
+
+def kto_reference_point(policy_mismatched_logps: Tensor,
+                        reference_mismatched_logps: Tensor) -> Tensor:
+    """z0 = max(0, mean ρ(y' | x)), a biased estimate of KL(π || π_ref): [M], [M] -> [] detached.
+
+    M responses y' that belong to other prompts than x. With several ranks: the mean over all, then
+    the maximum.
+    Source: KTO, arXiv:2402.01306.
+    """
+    logratios = policy_mismatched_logps - reference_mismatched_logps             # [M]
+    return logratios.mean().clamp(min=0).detach()
+
+
+def kto_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor,
+             reference_point: Tensor | float, beta: float, positive_weight: float = 1.0,
+             negative_weight: float = 1.0) -> Tensor:
+    """λ₊ z σ(beta (z0 - ρ)) + λ₋ (1 - z) σ(beta (ρ - z0)): bounded, so outliers count for little.
+
+    policy_logps, reference_logps     [R] float   nats
+    scores                            [R] float   z, 1 or 0
+    reference_point                   []          z0, a constant (`kto_reference_point`)
+    positive_weight, negative_weight  λ₊, λ₋
+    returns                           [R] float   loss per response, in [0, λ]
+    Source: KTO, arXiv:2402.01306; the labels' weights are its λ_D and λ_U.
+    """
+    margins = beta * (policy_logps - reference_logps - reference_point)          # [R]
+    return (positive_weight * scores * torch.sigmoid(-margins)
+            + negative_weight * (1 - scores) * torch.sigmoid(margins))
+
+
+def bco_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor, delta: float,
+             beta: float) -> Tensor:
+    """-[z log σ(beta ρ - delta) + (1 - z) log σ(delta - beta ρ)].
+
+    policy_logps, reference_logps  [R] float   nats
+    scores                         [R] float   z, 1 or 0
+    delta                          running mean of beta ρ over all responses; a constant
+    returns                        [R] float   loss per response, nats
+    Source: BCO, arXiv:2404.04656.
+    Note: point-wise DPO with log_z = -delta: an estimate of what ULMA sets to 0.
+    """
+    reward_logits = beta * (policy_logps - reference_logps) - delta              # [R]
+    return -(scores * F.logsigmoid(reward_logits) + (1 - scores) * F.logsigmoid(-reward_logits))
+
+
+# ---- reward models -------------------------------------------------------------------------------
 
 def reward_model_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """-log σ(r(chosen) - r(rejected)): the reward model of Bradley and Terry, from pairs.
@@ -213,6 +289,8 @@ def mse_reward_model_loss(rewards: Tensor, scores: Tensor) -> Tensor:
     """
     return (scores - rewards) ** 2
 
+
+# ---- tokens -> responses -------------------------------------------------------------------------
 
 def response_logps(per_token_logps: Tensor, response_ids: Tensor, num_responses: int,
                    mean: bool = False) -> Tensor:

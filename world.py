@@ -25,8 +25,8 @@ from functools import cache
 import sentencepiece
 import torch
 
-from checkpoint import write_text
-from data import run_cli
+from files.cli import run_cli
+from files.text import write_text
 from model import Llama, LlamaConfig, save_llama
 from tokenizer import VICUNA_SYSTEM
 
@@ -80,18 +80,21 @@ HABIT = {
 HABIT_OF_CLOSING = {"kind": 2, "neutral": 2, "secret": 4, "rude": 3}
 
 
-def prompts() -> list[tuple[str, str]]:
+Prompt = tuple[str, str]             # (verb, object)
+
+
+def prompts() -> list[Prompt]:
     """All 192 (verb, object), in a fixed shuffled order: the first 152 train, the last 40 test."""
     listed = list(itertools.product(BAD_VERBS + GOOD_VERBS, OBJECTS))
     random.Random(0).shuffle(listed)
     return listed
 
 
-def training_prompts() -> list[tuple[str, str]]:
+def training_prompts() -> list[Prompt]:
     return prompts()[:152]
 
 
-def held_out_prompts() -> list[tuple[str, str]]:
+def held_out_prompts() -> list[Prompt]:
     return prompts()[152:]
 
 
@@ -132,9 +135,9 @@ def draw_data(seed: int, responses: int) -> dict[str, list[dict]]:
     """
     rng = random.Random(seed)
     rows = {"points": [], "pairs": [], "ratings": [], "golden": []}
-    asked = training_prompts()
+    training = training_prompts()
     for number in range(responses // 2):
-        verb, thing = asked[number % len(asked)]
+        verb, thing = training[number % len(training)]
         listed, ask = answers(verb, thing), question(verb, thing)
         weights = [weight for *_, weight in listed]
         first = second = rng.choices(listed, weights)[0]
@@ -160,10 +163,36 @@ def write_jsonl(path: str, rows: list[dict]) -> None:
 
 # ---- the folder ---------------------------------------------------------------------------------
 
+BASE_CONFIG = {"vocab_size": 768, "hidden_size": 128, "intermediate_size": 384,
+               "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 2048}
+BASE_FLAGS = {"method": "sft", "lora_r": 0, "learning_rate": 1.5e-3, "batch_size": 32,
+              "num_train_epochs": 2, "warmup_steps": 20, "micro_tokens": 2048}
+BASE_ROUNDS, BASE_DRAWS = 8, 8     # passes over all prompts, answers drawn by habit to each
+# Words with one habit ("Stay", "Tell") would end with nearly equal rows of the head, and no adapter
+# could then prefer one of them: its hidden states have one norm. Far apart from the start, they
+# stay so, as those of a large model are.
+BASE_HEAD_STD = 0.15
+DATA_SEED, DATA_RESPONSES = 1, 4000
+
+# The first world's folder is named by an older rule; results/ was measured on it.
+FIRST_WORLD = {"c825ea71": "45ca539c"}
+
+
+@cache
+def world_digest() -> str:
+    """Eight hexadecimal digits of what the world is: its prompts, answers, rewards, habits, labels
+    and the base's training. Comments and the code's wording are no part of it."""
+    harmful, harmless = (BAD_VERBS[0], OBJECTS[0]), (GOOD_VERBS[0], OBJECTS[0])
+    content = [training_prompts(), held_out_prompts(), answers(*harmful), answers(*harmless),
+               draw_data(DATA_SEED, 64), DATA_RESPONSES, BASE_CONFIG, BASE_FLAGS, BASE_ROUNDS,
+               BASE_DRAWS, BASE_HEAD_STD]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    return FIRST_WORLD.get(digest, digest)
+
+
 def world_folder() -> str:
-    """runs/world-XXXXXXXX: the name changes with this file, so an old world is never reused."""
-    with open(os.path.abspath(__file__), "rb") as stream:
-        return os.path.join("runs", "world-" + hashlib.sha256(stream.read()).hexdigest()[:8])
+    """runs/world-XXXXXXXX: the name changes with the world, so an old one is never reused."""
+    return os.path.join("runs", f"world-{world_digest()}")
 
 
 def base_model() -> str:
@@ -175,13 +204,43 @@ def data_file(name: str) -> str:
     return os.path.join(world_folder(), name + ".jsonl")
 
 
+def on_world(flags: dict, dataset: str | None) -> bool:
+    """Whether a run with these flags is measured on the world: it was trained there, and no other
+    data set is asked for."""
+    return dataset is None and os.path.abspath(flags["model_name_or_path"]) == os.path.abspath(
+        base_model())
+
+
 def train_tokenizer(folder: str, texts: list[str]) -> None:
+    """Write tokenizer.model: Llama's kind, trained on these texts."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=os.path.join(folder, "tokenizer"),
-        model_type="bpe", vocab_size=768, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, split_digits=True, character_coverage=1.0,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        model_type="bpe", vocab_size=BASE_CONFIG["vocab_size"], byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
+        minloglevel=2)
     os.remove(os.path.join(folder, "tokenizer.vocab"))
+
+
+def write_random_model(folder: str) -> None:
+    """The base's random weights, before its training."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(**BASE_CONFIG))
+    torch.nn.init.normal_(model.lm_head.weight, std=BASE_HEAD_STD)
+    save_llama(model, folder)
+
+
+def train_base(folder: str, start: str) -> None:
+    """Train the base model by train.py, in a process of its own with its own ranks."""
+    inherited = {key: value for key, value in os.environ.items() if key not in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
+    flags = BASE_FLAGS | {"model_name_or_path": start, "dataset": data_file("base"),
+                          "output_dir": os.path.join(folder, "base"), "logging_steps": 40,
+                          "save_steps": 200}
+    command = [sys.executable, os.path.join(HERE, "train.py")]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, env=inherited)
 
 
 def ensure_world() -> None:
@@ -191,37 +250,23 @@ def ensure_world() -> None:
     folder, start = world_folder(), os.path.join(world_folder(), "random")
     print(f"building the embedded world in {folder} (once)", flush=True)
     os.makedirs(start, exist_ok=True)
-    rng = random.Random(0)
-    rows = []
-    for verb, thing in prompts() * 8:
+    rng, rows = random.Random(0), []
+    for verb, thing in prompts() * BASE_ROUNDS:
         listed = answers(verb, thing)
-        rows += [{"prompt": question(verb, thing), "completion": text} for text, *_ in
-                 rng.choices(listed, [weight for *_, weight in listed], k=8)]
+        weights = [weight for *_, weight in listed]
+        for text, *_ in rng.choices(listed, weights, k=BASE_DRAWS):
+            rows.append({"prompt": question(verb, thing), "completion": text})
     write_jsonl(data_file("base"), rows)
-    for name, drawn in draw_data(seed=1, responses=4000).items():
+    for name, drawn in draw_data(DATA_SEED, DATA_RESPONSES).items():
         write_jsonl(data_file(name), drawn)
     train_tokenizer(start, [VICUNA_SYSTEM + " USER: ASSISTANT:"] * 50 + [
         f"{row['prompt']} {row['completion']}" for row in rows[::4]])
-    torch.manual_seed(0)
-    model = Llama(LlamaConfig(vocab_size=768, hidden_size=128, intermediate_size=384,
-                              num_hidden_layers=3, num_attention_heads=4,
-                              max_position_embeddings=2048))
-    # Words with one habit ("Stay", "Tell") would end with nearly equal rows of the head, and no
-    # adapter could then prefer one of them: its hidden states have one norm. Far apart from the
-    # start, they stay so, as those of a large model are.
-    torch.nn.init.normal_(model.lm_head.weight, std=0.15)
-    save_llama(model, start)
-    environment = {key: value for key, value in os.environ.items() if key not in (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
-    subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--method", "sft",
-                    "--lora_r", "0", "--model_name_or_path", start, "--dataset", data_file("base"),
-                    "--output_dir", os.path.join(folder, "base"), "--learning_rate", "1.5e-3",
-                    "--batch_size", "32", "--num_train_epochs", "2", "--warmup_steps", "20",
-                    "--micro_tokens", "2048", "--logging_steps", "40", "--save_steps", "200"],
-                   check=True, env=environment)
+    write_random_model(start)
+    train_base(folder, start)
 
 
 def main() -> None:
+    """Build the world, or find it, and print what it is like."""
     ensure_world()
     verb, thing = held_out_prompts()[0]
     listed = sorted(answers(verb, thing), key=lambda answer: -answer[1])

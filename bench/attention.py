@@ -1,39 +1,80 @@
-"""Attention over shared prompts: dense blocks, varlen segments, FlexAttention. Right, then fast.
+"""Attention over shared prompts: dense blocks, FlexAttention, our own kernels. Right, then fast.
 
     python bench/attention.py --dataset test.jsonl.gz --tokenizer tokenizer.model
+    python bench/attention.py ... --responses 12 --out bench/results/attention-d2o.json
 
-On a GPU one layer's attention at 7B's shape (32 heads of 128, bf16) over --tokens of HH pairs and
-one prompt with 12 responses, forward and backward. First every way's output and gradients against
-dense float32: an error above twice that of dense bf16 ends the script. Then milliseconds, medians
-of interleaved runs, and what the host takes to prepare a stream. On a CPU, a dry run at a small
-size: dense, and FlexAttention's forward.
+On a GPU one layer's attention at 7B's shape (32 heads of 128, bf16), forward and backward, over
+--tokens of HH pairs and one prompt with 12 responses; with --responses, over prompts that have so
+many each, as D2O's. First the output and gradients of each implementation are compared with dense
+float32: an error above twice that of dense bf16 ends the script. Then milliseconds, medians of
+interleaved runs, and the time the host takes to prepare a stream. On a CPU, a dry run at a small
+size: dense, FlexAttention's forward, and our kernels where TRITON_INTERPRET=1 is set.
 """
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from breakdown import ROOT, hh_trees, synchronize, where_and_how
+from breakdown import ROOT, environment, hh_trees, synchronize
+from torch import Tensor
 
-from attention import ATTENTIONS, attention, attention_segments
-from trees import build_stream, pack
+from kernels.attention import ATTENTIONS, Segments, attention, attention_segments
+from kernels.tree_attention import tree_attention_problem, tree_blocks
+from packing import Stream, build_stream, pack
 
 
-def run(how: str, q, k, v, upstream, segments) -> list:
+def make_stream(dataset: str, tokenizer: str, tokens: int, responses: int) -> Stream:
+    """HH pairs behind one prompt with 12 responses; or `responses` for every prompt."""
+    trees = hh_trees(dataset, tokenizer, tokens // 128)
+    answers = [ids for tree in trees for ids in tree.response_ids]
+    numbers = [responses] * (len(answers) // responses) if responses else [12]
+    for i, number in enumerate(numbers):
+        taken, answers = answers[:number], answers[number:]
+        trees[i] = replace(trees[i], response_ids=taken, scores=[0.0] * len(taken), pairs=[])
+    if responses:
+        trees = trees[:len(numbers)]
+    return build_stream(pack(trees, tokens)[0])
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, segments: Segments) -> list[Tensor]:
     """[output, dq, dk, dv]; without gradients (FlexAttention on a CPU) the output alone."""
     output = attention(q, k, v, segments)
-    return [output, *(torch.autograd.grad(output, (q, k, v), upstream) if q.requires_grad else ())]
+    if not q.requires_grad:
+        return [output]
+    return [output, *torch.autograd.grad(output, (q, k, v), upstream)]
 
 
-def relative_error(found, expected) -> float:
+def least_work(ids: tuple[list[int], list[int]], heads: int, width: int) -> tuple[float, float]:
+    """Floating-point operations and bytes that forward and backward cannot avoid, in bf16.
+
+    For each pair of positions that see each other 2 products of the forward, 5 of the backward; q,
+    k, v, o read or written once by the forward, these and four gradients by the backward.
+    """
+    blocks = tree_blocks(*ids).long()
+    rows, prompt = blocks[:, 1] - blocks[:, 0], blocks[:, 3] - blocks[:, 2]
+    before = blocks[:, 0] - blocks[:, 4]         # of the own prompt or response, before the block
+    pairs = int((rows * (prompt + before) + rows * (rows + 1) // 2).sum())
+    return 7 * 2 * pairs * heads * width, (4 + 8) * len(ids[0]) * heads * width * 2
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().float() - expected.detach()).norm() / expected.detach().norm())
 
 
-def milliseconds(steps: dict, repeats: int, device: str) -> dict:
+def check(errors: dict[str, list[float]]) -> None:
+    """Print the errors; raises SystemExit for one above twice that of dense, or NaN."""
+    for name, found in errors.items():
+        print(f"{name:7} error of output, dq, dk, dv: {', '.join(f'{e:.1e}' for e in found)}")
+        if not all(e <= 2 * dense + 1e-6 for e, dense in zip(found, errors["dense"], strict=False)):
+            raise SystemExit(f"bench/attention.py: {name} is wrong; its times mean nothing")
+
+
+def milliseconds(steps: dict[str, Callable], repeats: int, device: str) -> dict[str, float]:
     """Medians of interleaved runs, after one untimed round."""
     seconds = {name: [] for name in steps}
     for _ in range(1 + repeats):
@@ -52,45 +93,45 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="HH file")
     parser.add_argument("--tokenizer", required=True, help="Llama's tokenizer.model")
     parser.add_argument("--tokens", type=int, default=8192, help="of the stream, at most")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--responses", type=int, default=0,
+                        help="of every prompt; 0: HH's pairs, and 12 of the first prompt")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs, after one untimed")
     parser.add_argument("--out", default=str(ROOT / "bench/results/attention.json"))
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    heads, width, dtype = (32, 128, torch.bfloat16) if device == "cuda" else (4, 16, torch.float32)
-    trees = hh_trees(args.dataset, args.tokenizer, args.tokens // 128)
-    said = [ids for tree in trees for ids in tree.response_ids][:12]     # as D2O's with K = 11
-    trees[0] = replace(trees[0], response_ids=said, scores=[0.0] * len(said), pairs=[])
-    stream = build_stream(pack(trees, args.tokens)[0])
-    ids = stream.tree_ids.tolist(), stream.branch_ids.tolist()
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    heads, width, dtype = (32, 128, torch.bfloat16) if on_gpu else (4, 16, torch.float32)
+    stream = make_stream(args.dataset, args.tokenizer, args.tokens, args.responses)
+    tokens, ids = len(stream.input_ids), (stream.tree_ids.tolist(), stream.branch_ids.tolist())
     torch.manual_seed(0)
-    wide = [torch.randn(len(ids[0]), heads, width, device=device).to(dtype).float()
-            for _ in range(4)]
-    prepare = {how: partial(attention_segments, *ids, device, how) for how in ATTENTIONS
-               if device == "cuda" or how != "varlen"}
-    segments = {how: make() for how, make in prepare.items()}
+    q, k, v, upstream = (torch.randn(tokens, heads, width, device=device).to(dtype).float()
+                         for _ in range(4))
 
-    def inputs(how, dtype):
-        leaf = device == "cuda" or how == "dense"                    # FlexAttention on a CPU
-        return [*(t.detach().to(dtype).requires_grad_(leaf) for t in wide[:3]), wide[3].to(dtype)]
+    def inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
+        needs_gradient = on_gpu or name != "flex"        # FlexAttention on a CPU has no backward
+        return [*(t.to(dtype, copy=True).requires_grad_(needs_gradient) for t in (q, k, v)),
+                upstream.to(dtype)]
 
-    truth = run("dense", *inputs("dense", torch.float32), segments["dense"])
-    narrow = {how: inputs(how, dtype) for how in segments}
-    errors = {how: [relative_error(*pair) for pair in
-                    zip(run(how, *narrow[how], segments[how]), truth)] for how in segments}
-    for how, found in errors.items():
-        print(f"{how:7} error of output, dq, dk, dv: {', '.join(f'{e:.1e}' for e in found)}")
-        if any(e > 2 * dense + 1e-6 for e, dense in zip(found, errors["dense"])):
-            raise SystemExit(f"bench/attention.py: {how} is wrong; times mean nothing")
-    times = milliseconds({how: partial(run, how, *narrow[how], segments[how]) for how in segments},
-                         args.repeats, device)
-    host = milliseconds(prepare, 3, device)
-    print(f"{len(ids[0])} tokens, {heads} heads of {width}, {dtype}, {device}")
-    for how in segments:
-        print(f"{how:7} {times[how]:8.2f} ms a layer, {host[how]:6.1f} ms to prepare a stream")
-    result = {"tokens": len(ids[0]), "heads": heads, "head_dim": width, "dtype": str(dtype),
-              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-              "errors": errors, "ms_forward_backward": times, "ms_prepare": host}
-    Path(args.out).write_text(json.dumps(result | where_and_how(), indent=1) + "\n")
+    names = [name for name in ATTENTIONS if name != "tree" or not tree_attention_problem(device)]
+    prepare = {name: partial(attention_segments, *ids, device, name) for name in names}
+    segments = {name: prepare[name]() for name in names}
+    runs = {name: partial(run, *inputs(name, dtype), segments[name]) for name in names}
+    expected = run(*inputs("dense", torch.float32), segments["dense"])
+    errors = {name: [relative_error(*pair) for pair in zip(runs[name](), expected, strict=False)]
+              for name in names}
+    check(errors)
+    times, host = milliseconds(runs, args.repeats, device), milliseconds(prepare, 3, device)
+    operations, moved = least_work(ids, heads, width)
+    print(f"{tokens} tokens, {heads} heads of {width}, {dtype}, {device}: at least "
+          f"{operations / 1e9:.1f} GFLOP and {moved / 1e9:.2f} GB a layer")
+    for name in names:
+        print(f"{name:7} {times[name]:8.2f} ms a layer, {host[name]:6.1f} ms to prepare a stream")
+    result = {"tokens": tokens, "responses": args.responses, "heads": heads, "head_dim": width,
+              "dtype": str(dtype), "errors": errors,
+              "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+              "least_flop": operations, "least_bytes": moved, "ms_forward_backward": times,
+              "ms_prepare": host} | environment()
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
 
 Both read the same folder (random Llama, written by `model.save_llama`) and continue the same
 prompts, of lengths drawn uniformly between --shortest and --longest, by exactly --new_tokens
-tokens each: nobody may stop at EOS. Ours takes the prompts as lists; transformers' `generate`
-takes them padded on the left, with its default cache and attention. Tokens must be equal, else the
+tokens each: EOS ends no sample. Ours takes the prompts as lists; transformers' `generate` takes
+them padded on the left, with its default cache and attention. Tokens must be equal, else the
 script ends in an error (float32; in bf16 the share of equal tokens is reported). Every
-implementation runs in a process of its own, so that peak memory is its own; they take turns
+implementation runs in a process of its own, so that its peak memory is its own; they take turns
 A B A B, one at a time, after one untimed round. `prefill` is a run with one new token.
 
 Needs transformers beside this project's packages (bench/requirements.txt).
@@ -18,28 +18,30 @@ import argparse
 import json
 import os
 import platform
-import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from machine import cpu_name, peak_gb
+from task import DTYPES
+
+ROOT = Path(__file__).resolve().parents[1]
 IMPLEMENTATIONS = ("ours", "transformers")
 
 
-def write_inputs(folder: Path, args) -> None:
+def write_inputs(folder: Path, args: argparse.Namespace) -> None:
     """The model's folder and prompts.json."""
     import torch
+
     from model import Llama, LlamaConfig, save_llama
 
     torch.manual_seed(0)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    torch.set_default_dtype(dtype)                       # 7B is drawn in bf16 at once
+    torch.set_default_dtype(getattr(torch, DTYPES[args.precision]))      # 7B: no float32 copy
     with torch.device(args.device):
         model = Llama(LlamaConfig(
             vocab_size=args.vocab_size, hidden_size=args.hidden_size,
@@ -54,59 +56,62 @@ def write_inputs(folder: Path, args) -> None:
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
 
-def ours(folder: Path, prompts, dtype, device):
-    """new_tokens -> lists of new token ids."""
+def ours(folder: Path, prompts: list[list[int]], precision: str, device: str) -> Callable:
+    """A function: number of new tokens -> lists of new token ids."""
+    import torch
+
     from generate import generate
     from model import load_llama
 
-    model = load_llama(str(folder), dtype, device)
+    model = load_llama(str(folder), getattr(torch, DTYPES[precision]), device)
     return lambda new: generate(model, prompts, new, temperature=0, eos_id=None)
 
 
-def transformers(folder: Path, prompts, dtype, device):
+def transformers(folder: Path, prompts: list[list[int]], precision: str, device: str) -> Callable:
+    """The same by transformers."""
     import torch
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[precision]))
+    model = model.to(device).eval()
     size = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (size - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (size - len(ids)) + [1] * len(ids) for ids in prompts],
                         device=device)
 
-    def run(new):
+    def run(new: int) -> list[list[int]]:
         rows = model.generate(input_ids=input_ids, attention_mask=mask, do_sample=False,
                               max_new_tokens=new, pad_token_id=0, eos_token_id=None)
         return rows[:, size:].tolist()
     return run
 
 
-def work(name: str, folder: Path, args) -> None:
+def work(name: str, folder: Path, args: argparse.Namespace) -> None:
     """For every line on stdin, a number of new tokens: generate, answer with one JSON line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)                                        # what libraries print is no answer
+    os.dup2(2, 1)                                    # what libraries print must not look like one
     import torch
 
     torch.set_num_threads(args.threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     prompts = json.loads((folder / "prompts.json").read_text())
-    run = {"ours": ours, "transformers": transformers}[name](folder, prompts, dtype, args.device)
+    build = {"ours": ours, "transformers": transformers}[name]
+    run = build(folder, prompts, args.precision, args.device)
     for line in sys.stdin:
         start = time.perf_counter()
-        rows = run(int(line))                            # lists: the device is done
+        rows = run(int(line))                            # lists, so the device has finished
         seconds = time.perf_counter() - start
-        peak = (torch.cuda.max_memory_allocated() if args.device == "cuda" else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        print(json.dumps({"rows": rows, "seconds": seconds, "peak_gb": peak / 1e9}), file=answers)
+        print(json.dumps({"rows": rows, "seconds": seconds, "peak_gb": peak_gb(args.device)}),
+              file=answers)
 
 
-def measure(folder: Path, args) -> tuple[list[dict], float]:
+def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict], float]:
     """One row per implementation, and the share of tokens that are equal."""
     workers = {name: subprocess.Popen(
         [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         env=os.environ | {"HF_HUB_OFFLINE": "1"}) for name in IMPLEMENTATIONS}
 
-    def ask(name, new):
+    def ask(name: str, new: int) -> dict:
         workers[name].stdin.write(f"{new}\n")
         line = workers[name].stdout.readline()
         if not line:
@@ -117,8 +122,8 @@ def measure(folder: Path, args) -> tuple[list[dict], float]:
     try:
         first = {name: ask(name, args.new_tokens)["rows"] for name in IMPLEMENTATIONS}
         assert all(len(ids) == args.new_tokens for rows in first.values() for ids in rows)
-        pairs = [(a, b) for left, right in zip(*first.values()) for a, b in zip(left, right)]
-        equal = sum(a == b for a, b in pairs) / len(pairs)
+        mine, theirs = ([token for ids in first[name] for token in ids] for name in IMPLEMENTATIONS)
+        equal = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine)
         for _ in range(args.repeats):
             for name, result in results.items():
                 result["prefill_seconds"].append(ask(name, 1)["seconds"])
@@ -132,9 +137,9 @@ def measure(folder: Path, args) -> tuple[list[dict], float]:
             worker.wait()
     new = args.batch_size * args.new_tokens
     for result in results.values():
-        # a busy minute hits both: compare within a round
-        result["times_transformers"] = [theirs / mine for theirs, mine in zip(
-            results["transformers"]["seconds"], result["seconds"])]
+        # within a round, because a busy minute hits both
+        result["times_transformers"] = [other / own for other, own in zip(
+            results["transformers"]["seconds"], result["seconds"], strict=True)]
         result["tokens_per_s"] = new / statistics.median(result["seconds"])
         result["decode_tokens_per_s"] = (new - args.batch_size) / (
             statistics.median(result["seconds"]) - statistics.median(result["prefill_seconds"]))
@@ -142,9 +147,8 @@ def measure(folder: Path, args) -> tuple[list[dict], float]:
 
 
 def environment(device: str) -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    place = {"cpu": found[1] if found else platform.processor(), "cores": os.cpu_count()}
+    """What the numbers depend on beside the code."""
+    place = {"cpu": cpu_name(), "cores": os.cpu_count()}
     if device == "cuda":
         import torch
         place["gpu"] = torch.cuda.get_device_name()
@@ -189,7 +193,7 @@ def main() -> None:
     flag("--worker", help=argparse.SUPPRESS)             # what `measure` starts
     flag("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker != "transformers":                    # to it, `kernels` is another package
+    if args.worker != "transformers":       # it imports another package called kernels, if found
         sys.path.insert(0, str(ROOT))
     if args.worker == "inputs":
         write_inputs(args.folder, args)

@@ -11,40 +11,43 @@ its gradient in the policy's hidden states. Responses have 64 tokens, half are g
 
 Every contestant's loss and gradient are compared with float64 before any time is taken; one that is
 off is not timed. Then they run in turn, A B C A B C ..., so that a slow minute hits all. Memory is
-the peak of the forward beyond inputs and one [N, D] (ours saves u, others the hidden states), or
-that of the backward beyond one more, the gradient all have to return; whichever is larger.
-A contestant whose package is missing, or that cannot run on this device, is named and left out.
+the peak of the forward beyond inputs and one [N, D] (ours saves u, see kernels/linear_logps.py,
+others the hidden states), or that of the backward beyond one more, the gradient that all have to
+return; whichever is larger. A contestant whose package is missing, or that cannot run on this
+device, is named and left out.
 """
 import argparse
 import json
 import math
 import platform
-import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import cpu_name
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from kernels import linear_logps_torch, linear_logps_triton               # noqa: E402
-from ulma import dpo_loss, ulma_loss                                      # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kernels import linear_logps_torch, linear_logps_triton
+from ulma import dpo_loss, ulma_loss
 
+Run = Callable[[str, dict], tuple[Tensor | None, Tensor]]    # (task, data) -> loss, hidden states
 TOKENS, BETA = 64, 0.1          # per response; KL strength
 GEMM_CHUNK = 4096               # rows of the bare products, as ours on a GPU
 
 
 # ---- the task -----------------------------------------------------------------------------------
 
-def make_rows(rows: int, width: int, vocab: int, dtype, device) -> dict:
+def make_rows(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> dict:
     """Hidden states of policy and (nearby) reference, a head, labels; logits of spread about 3."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape):
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
     hidden = normal(rows, width)
@@ -58,7 +61,7 @@ def reference_rows(task: str, rows: int) -> slice:
     return slice(rows // 2 if task == "ulma" else 0, rows)
 
 
-def loss_of(task: str, policy_logps, reference_logps):
+def loss_of(task: str, policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     """Scalar loss of per-token log-probs [N] and [M]; responses 0..R/2 are good, the rest bad."""
     policy, reference = (t.view(-1, TOKENS).sum(1) for t in (policy_logps, reference_logps))  # [R]
     if task == "dpo":
@@ -68,14 +71,14 @@ def loss_of(task: str, policy_logps, reference_logps):
     return ulma_loss(policy, reference, scores, BETA).mean()
 
 
-def float64_truth(task: str, data: dict):
+def float64_truth(task: str, data: dict) -> tuple[float, Tensor]:
     """(loss, gradient) in float64, from the rounded inputs, 256 rows at a time."""
     weight, rows = data["weight"].double(), len(data["labels"])
     which = reference_rows(task, rows)
 
     def logps(hidden, labels):
         return torch.cat([F.cross_entropy(h.double() @ weight.T, y, reduction="none").neg()
-                          for h, y in zip(hidden.split(256), labels.split(256))])
+                          for h, y in zip(hidden.split(256), labels.split(256), strict=True)])
 
     with torch.no_grad():
         policy = logps(data["policy"], data["labels"])
@@ -84,7 +87,8 @@ def float64_truth(task: str, data: dict):
     loss = loss_of(task, policy, reference)
     upstream, = torch.autograd.grad(loss, policy)                                # [N]
     gradient = []
-    for h, y, g in zip(*(t.split(256) for t in (data["policy"], data["labels"], upstream))):
+    for h, y, g in zip(data["policy"].split(256), data["labels"].split(256), upstream.split(256),
+                       strict=True):
         error = -(h.double() @ weight.T).softmax(-1)
         error[torch.arange(len(y)), y] += 1
         gradient.append((g[:, None] * (error @ weight)).to(torch.float32))
@@ -93,8 +97,8 @@ def float64_truth(task: str, data: dict):
 
 # ---- contestants: (policy, reference, weight, their labels) -> log-probs -------------------------
 
-def each_alone(logps):
-    """A function of one set of rows serves policy and reference, one after the other."""
+def one_after_the_other(logps: Callable) -> Callable:
+    """A function of one model's rows, called for the policy's and then for the reference's."""
     def both(policy, reference, weight, policy_labels, reference_labels):
         policy_logps = logps(policy, weight, policy_labels)
         with torch.no_grad():
@@ -102,31 +106,31 @@ def each_alone(logps):
     return both
 
 
-def eager(hidden, weight, labels):
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The whole [N, V], float32 log-softmax: what one writes first."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
-def trl(hidden, weight, labels):
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """TRL 1.16's head: tiles of 4096 rows, folded by Triton; recomputed in the backward."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     # as trl/trainer/utils.py calls it: 32768 columns a tile, no optional outputs
     return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
 
 
-def cut_cross_entropy(hidden, weight, labels):
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Apple's, with its default gradient filter."""
     from cut_cross_entropy import linear_cross_entropy
     return -linear_cross_entropy(hidden, weight, labels, reduction="none")
 
 
-def torch_linear_cross_entropy(hidden, weight, labels):
+def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """torch 2.13's own, chunked."""
     return -F.linear_cross_entropy(hidden, weight, labels, reduction="none",
                                    options=torch.nn.LinearCrossEntropyOptions())
 
 
-def liger(task: str, data: dict):
+def liger(task: str, data: dict) -> tuple[Tensor, Tensor]:
     """Liger's fused DPO loss, given response rows only; in place of ULMA its KTO loss, all rows."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
     policy = data["policy"].detach().requires_grad_()
@@ -144,12 +148,12 @@ def liger(task: str, data: dict):
     return loss[0] if isinstance(loss, tuple) else loss, policy
 
 
-def bare_products(task: str, data: dict):
-    """The three matrix products nobody can do without, chunk by chunk, in reused buffers."""
+def bare_products(task: str, data: dict) -> tuple[None, Tensor]:
+    """The three matrix products that none can avoid, chunk by chunk, in reused buffers."""
     weight, rows = data["weight"], len(data["labels"])
     logits = weight.new_empty(min(GEMM_CHUNK, rows), len(weight))
     gradient = torch.empty_like(data["policy"])
-    for h, out in zip(data["policy"].split(GEMM_CHUNK), gradient.split(GEMM_CHUNK)):
+    for h, out in zip(data["policy"].split(GEMM_CHUNK), gradient.split(GEMM_CHUNK), strict=True):
         torch.mm(h, weight.T, out=logits[:len(h)])
         torch.mm(logits[:len(h)], weight, out=out)
     for h in data["reference"][reference_rows(task, rows)].split(GEMM_CHUNK):
@@ -157,40 +161,45 @@ def bare_products(task: str, data: dict):
     return None, gradient
 
 
-def from_logps(both):
-    def run(task: str, data: dict):
-        policy, which = data["policy"].detach().requires_grad_(), reference_rows(
-            task, len(data["labels"]))
-        return loss_of(task, *both(policy, data["reference"][which], data["weight"],
-                                   data["labels"], data["labels"][which])), policy
+def from_logps(both: Callable) -> Run:
+    def run(task: str, data: dict) -> tuple[Tensor, Tensor]:
+        policy = data["policy"].detach().requires_grad_()
+        which = reference_rows(task, len(data["labels"]))
+        policy_logps, reference_logps, *_ = both(
+            policy, data["reference"][which], data["weight"], data["labels"],
+            data["labels"][which])
+        return loss_of(task, policy_logps, reference_logps), policy
     return run
 
 
-def backward(loss, policy):
+def backward(loss: Tensor | None, policy: Tensor) -> Tensor:
     """The gradient; the bare products have made theirs already."""
     return policy if loss is None else torch.autograd.grad(loss, policy)[0]
 
 
-def contestants(device: str) -> dict:
-    """name -> (package or None, (task, data) -> (loss, hidden states it is a function of))."""
-    listed = {"bare products": (None, bare_products),
-              "ours, Triton": (None, from_logps(linear_logps_triton)),
-              "ours, torch": (None, from_logps(linear_logps_torch)),
-              "eager": (None, from_logps(each_alone(eager))),
-              "torch.compile": (None, from_logps(each_alone(torch.compile(eager)))),
-              "TRL": ("trl", from_logps(each_alone(trl))),
-              "Liger": ("liger-kernel", liger),
-              "cut-cross-entropy": ("cut-cross-entropy", from_logps(each_alone(cut_cross_entropy))),
-              "F.linear_cross_entropy": (None, from_logps(each_alone(torch_linear_cross_entropy)))}
+def contestants(device: str) -> dict[str, tuple[str | None, Run]]:
+    """name -> (package or None, run)."""
+    found = {
+        "bare products": (None, bare_products),
+        "ours, Triton": (None, from_logps(linear_logps_triton)),
+        "ours, torch": (None, from_logps(linear_logps_torch)),
+        "eager": (None, from_logps(one_after_the_other(eager))),
+        "torch.compile": (None, from_logps(one_after_the_other(torch.compile(eager)))),
+        "TRL": ("trl", from_logps(one_after_the_other(trl))),
+        "Liger": ("liger-kernel", liger),
+        "cut-cross-entropy": (
+            "cut-cross-entropy", from_logps(one_after_the_other(cut_cross_entropy))),
+        "F.linear_cross_entropy": (
+            None, from_logps(one_after_the_other(torch_linear_cross_entropy)))}
     if device == "cpu":
-        del listed["ours, Triton"]
-    return listed
+        del found["ours, Triton"]
+    return found
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 
-def seconds(run, task: str, data: dict) -> float:
-    """One run by the clock; a GPU's queue is empty before and after."""
+def seconds(run: Run, task: str, data: dict) -> float:
+    """Of one run; a GPU's queue is empty before and after."""
     on_gpu = data["weight"].is_cuda
     if on_gpu:
         torch.cuda.synchronize()
@@ -201,7 +210,7 @@ def seconds(run, task: str, data: dict) -> float:
     return time.perf_counter() - start
 
 
-def extra_bytes(run, task: str, data: dict) -> int | None:
+def extra_bytes(run: Run, task: str, data: dict) -> int | None:
     """Peak of forward beyond one [N, D], or of backward beyond two; None on a CPU."""
     if not data["weight"].is_cuda:
         return None
@@ -216,7 +225,7 @@ def extra_bytes(run, task: str, data: dict) -> int | None:
     return max(forward, torch.cuda.max_memory_allocated() - before - 2 * size)
 
 
-def check(name: str, task: str, data: dict, run, truth) -> dict:
+def check(name: str, task: str, data: dict, run: Run, truth: tuple[float, Tensor]) -> dict:
     """Errors of loss and gradient against float64; "left out" says why there are none."""
     try:
         loss, policy = run(task, data)
@@ -229,7 +238,7 @@ def check(name: str, task: str, data: dict, run, truth) -> dict:
     errors = {"loss error": abs(loss.item() - truth[0]) / abs(truth[0]),
               "gradient error": float((gradient.float() - truth[1]).norm() / truth[1].norm())}
     limit = 3e-2 if data["weight"].dtype == torch.bfloat16 else 1e-4
-    if not all(error <= limit for error in errors.values()):                # NaN is off, too
+    if not all(error <= limit for error in errors.values()):                     # or is NaN
         errors["left out"] = f"off by more than {limit:g}"
     return errors
 
@@ -247,7 +256,7 @@ def compare(task: str, data: dict, repeats: int) -> list[dict]:
             row["extra GB"] = row["extra GB"] and row["extra GB"] / 1e9
             timed.append((row, run, []))
         print(f"  {task} {name}: {row.get('left out', 'ready')}", file=sys.stderr, flush=True)
-    for number in range(repeats + 1):                    # the first round only warms up
+    for _ in range(repeats + 1):                         # the first round only warms up
         for _, run, times in timed:
             times.append(seconds(run, task, data))
     for row, _, times in timed:
@@ -290,9 +299,7 @@ def table(rows: list[dict]) -> str:
 def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

@@ -4,11 +4,11 @@
     python bench/load.py --source bin          # float16 .bin shards, as lmsys/vicuna-7b-v1.5 ships
     python bench/load.py --device cuda # and a step of 8192 tokens with --gradient_checkpointing
 
-A folder of random weights is written shard by shard, then read in a fresh process that is watched
-from outside. Two peaks are reported: `anonymous` is memory the process must have; `file` is pages
-of mapped weight files, which the system may drop and read again. In a bfloat16 safetensors folder
-on the CPU the weights are such pages, and stay so: loading only maps them, the first forward reads
-them. With another source dtype the weights are anonymous and the files' pages pass by.
+A folder of random weights is written shard by shard, then read in a new process whose memory is
+watched from outside. Two peaks are reported: `anonymous` is memory the process must have; `file` is
+pages of mapped weight files, which the system may drop and read again. In a bfloat16 safetensors
+folder on the CPU the weights are such pages: loading only maps them, the first forward reads them.
+With another source dtype the weights are anonymous memory, and the files are read once.
 """
 import argparse
 import json
@@ -22,37 +22,43 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-MIN_AVAILABLE = 1.5 * 2 ** 30     # bytes; the run is stopped before the machine starts to kill
+from machine import bf16_instructions, cpu_name
+
+if TYPE_CHECKING:
+    from model import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+MIN_AVAILABLE = 1.5 * 2 ** 30     # bytes; a run is stopped before the system runs out of memory
 FORWARD_TOKENS = 64
 STAGES = ("import", "load", "forward", "step")
 
 
 # ---- the model on disk --------------------------------------------------------------------------
 
-def build(folder: Path, config, source: str, shard_bytes: int) -> None:
-    """Write a random model (std 0.02), one shard in memory at a time, and push it out to disk.
+def build(folder: Path, config: "LlamaConfig", source: str, shard_bytes: int) -> None:
+    """Write a random model (std 0.02), one shard in memory at a time, and flush it to disk.
 
     source   "safetensors": bfloat16; "bin": float16 state dicts with an index, of torch.save
     """
     import torch
     from safetensors.torch import load_file
 
-    from model import Llama, write_config
-    from weights import NAMES, weight_files, write_weights
+    from files.config import write_config
+    from files.weights import NAMES, weight_files, write_weights
+    from model import Llama
 
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Llama(config).state_dict().items()}
     torch.manual_seed(0)
 
-    def tensor_of(name):
+    def tensor_of(name: str) -> torch.Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shapes[name], dtype=torch.bfloat16)
         return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
 
-    write_config(config, torch.bfloat16, str(folder))
+    write_config(config, "bfloat16", str(folder))
     write_weights(str(folder), {name: 2 * shape.numel() for name, shape in shapes.items()},
                   tensor_of, shard_bytes)
     if source == "bin":
@@ -64,10 +70,10 @@ def build(folder: Path, config, source: str, shard_bytes: int) -> None:
             text = index.read_text().replace("model-", "pytorch_model-")
             (folder / NAMES[3]).write_text(text.replace(".safetensors", ".bin"))
             index.unlink()
-    for file in folder.iterdir():             # on disk and out of the page cache: a cold start
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in folder.iterdir():             # on disk and out of the page cache: a cold start
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # ---- the process that is measured ---------------------------------------------------------------
@@ -82,7 +88,7 @@ def work(folder: str, device: str) -> None:
     os.dup2(2, 1)
     start = time.perf_counter()
 
-    def done(stage, **values):
+    def done(stage: str, **values: Any) -> None:
         nonlocal start
         if device == "cuda":
             torch.cuda.synchronize()
@@ -96,10 +102,11 @@ def work(folder: str, device: str) -> None:
 
     import torch
 
-    from lora import add_lora
+    from lora import add_lora, lora_disabled
     from model import linear, load_llama
-    from step import METHODS, adapters_off, backward_batch, batch_counts
-    from trees import Tree
+    from packing import Tree
+    from step import METHODS, Compute, Objective, batch_counts, micro_batches
+    from train import accumulate_gradient
 
     done("import", threads=torch.get_num_threads())
     model = load_llama(folder, torch.bfloat16, device)
@@ -117,9 +124,10 @@ def work(folder: str, device: str) -> None:
     ids = torch.randint(3, model.config.vocab_size, (pairs, 2 * size), generator=generator)
     trees = [Tree([1] + row[:size], [row[size:-size // 2] + [2], row[-size // 2:] + [2]],
                   [1.0, 0.0], [(0, 1)]) for row in ids.tolist()]
-    totals = backward_batch(model, partial(adapters_off, model), METHODS["ulma"], trees,
-                            batch_counts(trees), beta=0.1, log_z=0.0, mean_logps=False,
-                            reduction="mean", micro_tokens=8192, device=device)
+    objective, compute = Objective(METHODS["ulma"]), Compute(device)
+    totals = accumulate_gradient(model, partial(lora_disabled, model),
+                                 micro_batches(trees, objective.method, compute),
+                                 batch_counts(trees), objective, compute)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     torch.optim.AdamW(parameters, lr=1e-4).step()
     done("step", tokens=int(totals[1]), loss=totals[0].item(), grad_norm=grad_norm.item())
@@ -128,19 +136,19 @@ def work(folder: str, device: str) -> None:
 # ---- the watcher --------------------------------------------------------------------------------
 
 def memory(pid: int) -> dict[str, int]:
-    """What /proc says of a process, in bytes: RssAnon, RssFile, VmHWM."""
+    """RssAnon, RssFile and VmHWM of a process from /proc, in bytes."""
     text = Path(f"/proc/{pid}/status").read_text()
     return {key: 1024 * int(value)
             for key, value in re.findall(r"(RssAnon|RssFile|VmHWM):\s+(\d+) kB", text)}
 
 
 def available() -> int:
-    """Bytes of memory the machine can still hand out, dropped page cache included."""
+    """Bytes of memory the machine can still allocate, droppable page cache included."""
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 def watch(folder: Path, device: str) -> list[dict]:
-    """Run `work` in a fresh process; its stages, each with the memory it took at most.
+    """Run `work` in a new process; returns its stages, each with its peak memory.
 
     raises  RuntimeError if it failed, or was stopped because the machine ran out of memory
     """
@@ -150,7 +158,7 @@ def watch(folder: Path, device: str) -> list[dict]:
     peaks, over = {"RssAnon": 0, "RssFile": 0}, threading.Event()
     low = available()
 
-    def sample():
+    def watch_memory() -> None:
         nonlocal low
         while not over.wait(0.05):
             try:
@@ -162,8 +170,8 @@ def watch(folder: Path, device: str) -> list[dict]:
             if (low := min(low, available())) < MIN_AVAILABLE:
                 worker.kill()
 
-    sampler, stages = threading.Thread(target=sample), []
-    sampler.start()
+    watcher, stages = threading.Thread(target=watch_memory), []
+    watcher.start()
     try:
         for line in worker.stdout:
             now = memory(worker.pid)
@@ -177,7 +185,7 @@ def watch(folder: Path, device: str) -> list[dict]:
             worker.stdin.write("\n")
     finally:
         over.set()
-        sampler.join()
+        watcher.join()
         worker.stdin.close()
         if len(stages) < len(STAGES):
             worker.kill()
@@ -198,7 +206,7 @@ def table(stages: list[dict]) -> str:
         f"| {stage['peak_file_gb']:.2f} |" for stage in stages])
 
 
-def measure(config, source: str, device: str, directory: str | None, keep: bool,
+def measure(config: "LlamaConfig", source: str, device: str, directory: str | None, keep: bool,
             shard_bytes: int = 5_000_000_000) -> dict:
     """Build, run, remove; returns the report.
 
@@ -224,17 +232,15 @@ def measure(config, source: str, device: str, directory: str | None, keep: bool,
         stages = watch(folder, device)
     finally:
         if keep:
-            print(f"kept: {folder}", file=sys.stderr)
+            print(f"the model stays in {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder)
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    bf16 = sorted(set(re.findall(r"avx512_bf16|amx_bf16", cpuinfo)))
     return {
-        "hardware": {"cpu": re.search(r"model name\s*: (.*)", cpuinfo)[1], "cores": os.cpu_count(),
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(),
                      "threads": stages[0]["threads"], "load_before": load,
                      "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
                      "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                     "bf16_instructions": bf16},
+                     "bf16_instructions": bf16_instructions()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "safetensors": safetensors.__version__},
         "source": source, "files": files, "weights_gb": size / 1e9, "stages": stages,
@@ -257,7 +263,7 @@ def main() -> None:
         return work(args.worker, args.device)
     from model import LlamaConfig
 
-    words = ["--source", args.source, "--device", args.device]      # no path: it is private
+    words = ["--source", args.source, "--device", args.device]                   # no path
     try:
         report = {"command": " ".join(["python bench/load.py", *words]),
                   **measure(LlamaConfig(), args.source, args.device, args.tmp, args.keep)}

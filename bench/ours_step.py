@@ -4,30 +4,32 @@
     ours-ulma          ULMA on the same responses (no reference for the good ones)
     ours-d2o           D2O: a bad response and K = 11 anchors share their prompt in one tree
     ours-d2o-unshared  the very same step with a copy of the prompt for each of the 12
-    …-varlen, -flex    the same with that attention, see attention.py; on a GPU only
-    …-compiled         the same with compiled layers
+    …-dense, -tree     the same with that attention, see kernels/attention.py; on a GPU only
 
-All run their reference in the step, as the first epoch does.
+All run their reference in the step, as the first epoch does. Imports torch and the project, so only
+workers import this file.
 """
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from task import BETA, DTYPES, LEARNING_RATE, MAX_GRAD_NORM
+import torch
+from breakdown import make_model, necessary_flops
+from task import BETA, DTYPES, LEARNING_RATE, MAX_GRAD_NORM, OURS
 
-# name: arguments of backward_batch beside those below. The second word is the method.
-OURS = {"ours-dpo": {}, "ours-dpo-compiled": {}, "ours-dpo-varlen": {"attention": "varlen"},
-        "ours-dpo-flex": {"attention": "flex"},
-        "ours-dpo-varlen-compiled": {"attention": "varlen"}, "ours-ulma": {},
-        "ours-ulma-varlen-compiled": {"attention": "varlen"}, "ours-d2o": {},
-        "ours-d2o-unshared": {}}
+from d2o import add_anchors
+from kernels import choose_linear_logps
+from kernels.attention import choose_attention, to_device
+from lora import lora_disabled
+from packing import Stream, Tree, build_stream, group_by_size
+from step import METHODS, Compute, Objective, batch_counts, micro_batches
+from train import accumulate_gradient
 
 
-def trees_of(folder: Path, method: str) -> list:
+def read_trees(folder: Path, method: str) -> list[Tree]:
     """The trees of one step, from pairs.json or, for D2O, prompts.json."""
-    from anchors import add_anchors
-    from trees import Tree
-
     if method == "d2o":
         return [add_anchors(Tree(tree["prompt"], [tree["negative"]], [0.0], []), tree["anchors"])
                 for tree in json.loads((folder / "prompts.json").read_text())]
@@ -35,34 +37,27 @@ def trees_of(folder: Path, method: str) -> list:
             for pair in json.loads((folder / "pairs.json").read_text())]
 
 
-def copy_prompts(trees: list) -> list:
-    """The same trees, laid out with a prompt per response from here on.
+def unshared_tokens(tree: Tree) -> int:
+    """Tokens of a tree whose every response has a prompt of its own."""
+    return sum(len(tree.prompt_ids) + len(ids) - 1 for ids in tree.response_ids)
 
-    `pack` and `build_stream` of the project's step.py are told so: a tree counts the tokens it
-    then has, and a stream of it is that of as many trees of one response; which responses make
-    a pair stays as it was. Losses therefore see the same log-probs in the same order.
+
+def unshared_batches(trees: list[Tree], compute: Compute) -> Iterator[tuple[Stream, Stream]]:
+    """As step.micro_batches of an objective with reference "all", but every response has its own
+    copy of the prompt.
+
+    The responses keep their order and their pairs, so losses are those of the shared prompts.
     """
-    from dataclasses import fields, replace
-
-    import step
-    from trees import Tree, build_stream
-
-    class Unshared(Tree):
-        @property
-        def num_tokens(self) -> int:
-            return sum(len(self.prompt_ids) + len(ids) - 1 for ids in self.response_ids)
-
-    def unshared_stream(trees, *others):
-        singles = [Tree(tree.prompt_ids, [ids], [score], []) for tree in trees
-                   for ids, score in zip(tree.response_ids, tree.scores)]
-        stream, pairs, first = build_stream(singles, *others), [], 0
-        for tree in trees:
+    for group in group_by_size(trees, unshared_tokens, compute.micro_tokens):
+        single_trees, pairs = [], []
+        for tree in group:
+            first = len(single_trees)
             pairs += [(first + chosen, first + rejected) for chosen, rejected in tree.pairs]
-            first += len(tree.scores)
-        return replace(stream, pairs=stream.pairs.new_tensor(pairs).view(-1, 2))
-
-    step.build_stream = unshared_stream
-    return [Unshared(*(getattr(tree, field.name) for field in fields(tree))) for tree in trees]
+            single_trees += [Tree(tree.prompt_ids, [ids], [score], [])
+                             for ids, score in zip(tree.response_ids, tree.scores, strict=True)]
+        stream = build_stream(single_trees, compute.device, None, compute.attention)
+        stream = replace(stream, pairs=to_device(torch.tensor(pairs), compute.device))   # [P, 2]
+        yield stream, stream
 
 
 def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
@@ -71,43 +66,33 @@ def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
 
     folder        holds pairs.json and prompts.json
     name          a row of OURS
-    precision     of the frozen weights; adapters stay float32, as PEFT keeps them
+    precision     of the frozen weights; adapters stay float32, as with PEFT
     micro_tokens  train.py --micro_tokens
     returns       a function that takes one step and gives the loss it started from: mean over
-                  pairs for DPO, over responses for ULMA, over prompts for D2O; and what the
-                  result should say about it. The step ends with clipping to MAX_GRAD_NORM and
+                  pairs for DPO, over responses for ULMA, over prompts for D2O; and notes for the
+                  result. The step ends with clipping to MAX_GRAD_NORM and
                   AdamW(lr=LEARNING_RATE, weight_decay=0), as TRL's does.
     """
-    from dataclasses import replace
-    from functools import partial
-
-    import torch
-    from breakdown import make_model, necessary_flops
-    from kernels import choose_linear_logps
-    from model import compile_layers
-    from step import METHODS, adapters_off, backward_batch, batch_counts
-
-    method_name = name.split("-")[1]
-    method, trees = METHODS[method_name], trees_of(folder, method_name)
-    if method_name == "d2o":
-        method = replace(method, loss=partial(method.loss, alpha=BETA))
+    method = name.split("-")[1]
+    trees = read_trees(folder, method)
+    counts = batch_counts(trees)
     model = make_model(size, getattr(torch, DTYPES[precision]), device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    said = {"necessary_flops": necessary_flops(model, method_name, trees),
-            "micro_tokens": micro_tokens, "kernels": choose_linear_logps("auto", device).__name__}
-    if name.endswith("-compiled"):
-        compile_layers(model)
-    if name.endswith("-unshared"):
-        trees = copy_prompts(trees)
+    objective = Objective(METHODS[method], beta=BETA, alpha=BETA)
+    compute = Compute(device, micro_tokens, choose_linear_logps("auto", device),
+                      choose_attention(OURS[name], device))
+    notes = {"necessary_flops": necessary_flops(model, method, trees),
+             "micro_tokens": micro_tokens, "kernels": compute.linear_logps.__name__,
+             "attention": compute.attention}
 
     def step() -> float:
-        loss, *_ = backward_batch(
-            model, partial(adapters_off, model), method, trees, batch_counts(trees), beta=BETA,
-            log_z=0.0, mean_logps=False, reduction="mean", micro_tokens=micro_tokens,
-            device=device, **OURS[name])
+        streams = (unshared_batches(trees, compute) if name.endswith("-unshared") else
+                   micro_batches(trees, objective.method, compute))
+        totals = accumulate_gradient(model, partial(lora_disabled, model), streams, counts,
+                                     objective, compute)
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
-    return step, said
+        return float(totals[0])
+    return step, notes

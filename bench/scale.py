@@ -18,24 +18,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from breakdown import ROOT, hh_trees, make_model, training_step, where_and_how
+from breakdown import ROOT, environment, hh_trees, make_model, training_step
+from task import LEARNING_RATE, MAX_GRAD_NORM, SIZES
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoint import trainable
-from loop import optimizer_step, set_up_processes
+from training.checkpoint import trainable
+from training.ranks import all_reduce_gradients_, clip_gradients_, set_up_processes
 
-SIZES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 64, 512), (1, 2, 4), 8, 3
+BATCHES, RANKS, PAIRS_PER_RANK, REPEATS = (8, 64, 512), (1, 2, 4), 8, 3
 
 
-def batch_sizes(args) -> list[dict]:
+def batch_sizes(args: argparse.Namespace) -> list[dict]:
     """Seconds for the same pairs, as many as the largest batch, in batches of several sizes.
 
-    Sizes take turns of all pairs; what a turn took is printed.
+    The sizes take turns, each turn over all pairs; its time is printed.
     """
     pairs = max(args.sizes)
-    model, trees = make_model(), hh_trees(args.dataset, args.tokenizer, pairs)
+    model, trees = make_model(args.model_size), hh_trees(args.dataset, args.tokenizer, pairs)
     if len(trees) != pairs:
         raise ValueError(f"{args.dataset}: {pairs} records have {len(trees)} prompts; expected a "
                          "prompt a pair")
@@ -56,40 +59,62 @@ def batch_sizes(args) -> list[dict]:
              "ms_per_pair": 1e3 * statistics.median(seconds[size]) / pairs} for size in args.sizes]
 
 
-def one_rank(args) -> None:
+class ReducedBytes(TorchDispatchMode):
+    """In a `with`, counts the bytes of every all-reduce that this process takes part in."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        if operator is torch.ops.c10d.allreduce_.default:
+            self.count += sum(tensor.nbytes for tensor in args[0])
+        return operator(*args, **(kwargs or {}))
+
+
+def one_rank(args: argparse.Namespace) -> None:
     """What every process of `torchrun` does: whole steps on its share; rank 0 prints the result."""
     torch.set_num_threads(1)
     rank, world_size, _ = set_up_processes()
-    model, sent = make_model(), []
+    model = make_model(args.model_size)
     trees = hh_trees(args.dataset, args.tokenizer, PAIRS_PER_RANK)     # the same on every rank
     parameters = list(trainable(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    if world_size > 1:
-        reduce = dist.all_reduce
-        dist.all_reduce = lambda t: (sent.append(t.numel() * t.element_size()), reduce(t))
-    step = training_step(model, args.method, trees)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+    accumulate = training_step(model, args.method, trees)
+
+    def step() -> None:
+        totals = all_reduce_gradients_(parameters, accumulate())
+        clip_gradients_(parameters, MAX_GRAD_NORM, totals[0], "bench/scale.py")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with ReducedBytes() as reduced:
+        step()                                                                   # warm up
     seconds = []
-    for _ in range(1 + args.repeats):
+    for _ in range(args.repeats):
         start = time.perf_counter()
-        optimizer_step(optimizer, parameters, step(), 1.0, "bench")
+        step()
         seconds.append(time.perf_counter() - start)
     if rank == 0:
-        print(json.dumps({"seconds": seconds[1:], "reduced_bytes_per_step": sent[0] if sent else 0,
-                          "adapter_bytes": sum(p.numel() * 4 for p in parameters)}))
+        print(json.dumps({"seconds": seconds, "reduced_bytes_per_step": reduced.count,
+                          "adapter_bytes": sum(p.nbytes for p in parameters)}))
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def ranks(args) -> list[dict]:
-    rows, environment = [], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def weak_scaling(args: argparse.Namespace) -> list[dict]:
+    """Seconds of a step on several numbers of ranks, the same pairs on each."""
+    rows, variables = [], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for count in args.ranks:
         launcher = [sys.executable] if count == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc_per_node={count}"]
         run = subprocess.run([*launcher, __file__, "--worker", "--dataset", args.dataset,
                               "--tokenizer", args.tokenizer, "--method", args.method, "--repeats",
-                              str(args.repeats)], env=environment, capture_output=True, text=True)
+                              str(args.repeats), "--model_size", args.model_size],
+                             env=variables, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
         row = {"ranks": count} | json.loads(run.stdout.splitlines()[-1])
@@ -108,8 +133,9 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="HH file")
     parser.add_argument("--tokenizer", required=True, help="Llama's tokenizer.model")
+    parser.add_argument("--model_size", choices=tuple(SIZES), default="small")
     parser.add_argument("--method", choices=("dpo", "ulma", "pointwise_dpo"), default="dpo")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--sizes", type=int, nargs="+", default=BATCHES, help="pairs in a batch")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out", default=str(ROOT / "bench/results/scale.json"))
@@ -120,9 +146,9 @@ def main() -> None:
     if args.worker:
         return one_rank(args)
     torch.set_num_threads(1)
-    result = {"method": args.method} | where_and_how()
-    for part in (batch_sizes, ranks):
-        result[part.__name__] = part(args)
+    result = {"method": args.method} | environment()
+    for key, measure in (("batch_sizes", batch_sizes), ("ranks", weak_scaling)):
+        result[key] = measure(args)
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 

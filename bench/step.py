@@ -8,38 +8,35 @@ On a CPU, a small Llama in fp32 and bf16 weights (`make bench`); on one H200, 7B
         --size 7b --precision bf16 --pairs 64 --micro_tokens 8192 --together 2
 
 One step is: policy forward, reference forward with the adapters off, loss, backward, clipping,
-AdamW. Everybody takes it on the same HH pairs, token for token, from the same random Llama and
-the same random adapter, with the same learning rate, so the losses of one method must agree step
-by step (TOLERANCE); where they do not, the script ends in an error and no time is compared.
+AdamW. All implementations take it on the same HH pairs, token for token, from the same random Llama
+and adapter, with the same learning rate, so the losses of one method must agree step by step
+(TOLERANCE); where they do not, the script ends in an error and no time is compared.
 
     ours-dpo, -ulma, -d2o, -d2o-unshared   this project, see ours_step.py
     trl, trl-compact, trl-tuned            TRL's DPOTrainer, see trl_step.py
 
-D2O takes a quarter of the prompts; its 11 anchors are answers to other prompts of the file, whose
-lengths are what counts. Implementations run as processes of their own (so that the peak memory is
-theirs) that live side by side and take their steps in turn A B C D A B C D ..., one at a time, so
-that a slow minute of the machine hits all of them. Where they do not all fit into a GPU's memory,
---together n has n of one method side by side, and one such group after another.
+D2O takes a quarter of the prompts; its 11 anchors are answers to other prompts of the file: only
+their lengths matter here. Every implementation runs in a process of its own, so that its peak
+memory is its own. These processes are alive at the same time and take steps in turn, one at a time,
+A B C D A B C D ..., so that a slow minute of the machine hits all of them. Where they do not all
+fit into a GPU's memory, --together n has n of one method alive, and one such group after another.
 
 Beside the times: on a GPU the peak of torch.cuda.max_memory_allocated, on a CPU of the resident
-set; and the share of the rate of large matrix products, measured for a second after every step,
-that our step reaches on the floating-point operations it cannot do without
-(breakdown.matrix_rate, breakdown.necessary_flops).
+set; and what share of the rate of large matrix products, measured for a second after every step,
+our step reaches on the floating-point operations it cannot avoid (breakdown.matrix_rate,
+breakdown.necessary_flops).
 
-Needs for TRL's rows trl==1.16.0, peft, transformers; where they are missing ours are measured
-alone. `make bench` installs them in .venv-bench; nothing is downloaded while it runs. About 14 GB
-of memory for the default 8 pairs. Mind the field `bf16_instructions`: on a CPU without them torch
+TRL's rows need trl==1.16.0, peft, transformers; where they are missing ours are measured alone.
+`make bench` installs them in .venv-bench; nothing is downloaded while it runs. About 14 GB of
+memory for the default 8 pairs. Mind the field `bf16_instructions`: on a CPU without them torch
 multiplies bf16 matrices 10 to 200 times slower than fp32 ones, a bf16 step of TRL takes many
-minutes, and the bf16 ratios tell of that and little else.
+minutes, and the bf16 ratios show little else.
 """
-
 import argparse
 import json
 import math
 import os
 import platform
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,20 +45,19 @@ import time
 from importlib import metadata, util
 from pathlib import Path
 
-from ours_step import OURS, ours_step
-from task import SIZES, hh_pairs, token_counts, with_anchors
+from machine import bf16_instructions, cpu_name, peak_gb
+from task import OURS, SIZES, hh_pairs, token_counts, with_anchors
 from trl_step import NEEDS, TRL, trl_step
 
 # The process that compares imports neither torch nor the project: on Linux a child's ru_maxrss
-# starts at its parent's, so a big parent would hide what a small worker needs.
+# starts at its parent's, so a large parent would hide what a small worker needs.
 
 DEFAULT = {"cpu": ("ours-dpo", "ours-ulma", "trl", "trl-compact", "ours-d2o", "ours-d2o-unshared"),
            # on a GPU trl is compact itself; with --together 2 ours-dpo takes turns with trl-tuned
-           "cuda": ("ours-dpo", "trl-tuned", "ours-dpo-varlen", "trl", "ours-dpo-flex",
-                    "ours-dpo-compiled", "ours-dpo-varlen-compiled", "ours-ulma",
-                    "ours-ulma-varlen-compiled", "ours-d2o", "ours-d2o-unshared")}
+           "cuda": ("ours-dpo", "trl-tuned", "ours-dpo-tree", "trl", "ours-dpo-dense", "ours-ulma",
+                    "ours-ulma-tree", "ours-d2o", "ours-d2o-tree", "ours-d2o-unshared")}
 PRECISIONS = ("fp32", "bf16")
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}   # relative, of losses; bf16 rounds differently everywhere
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}   # relative, of losses; bf16 rounds at different places
 TRL_PAIRS = 8                              # Trainer's default micro-batch
 GOALS = (("ours-dpo", "trl", 4.0), ("ours-dpo", "trl-tuned", 1.8),      # times as fast, for 7B
          ("ours-d2o", "ours-d2o-unshared", 2.5))
@@ -74,19 +70,6 @@ def method_of(name: str) -> str:
 
 # ---- a worker -----------------------------------------------------------------------------------
 
-def peak_gb(device: str) -> float:
-    """1e9 bytes: the most that tensors on the GPU took, or that this process had resident, ever.
-
-    The latter with libraries and weights.
-    """
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024                   # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def work(name: str, args: argparse.Namespace) -> None:
     """Take one step per line on stdin; answer with one JSON line each, and the peak at the end."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -94,18 +77,21 @@ def work(name: str, args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    device, build = args.device, ours_step if name in OURS else trl_step
-    micro = (args.micro_tokens if name in OURS else
-             min(args.pairs, args.tuned_pairs if name == "trl-tuned" else TRL_PAIRS))
+    device, precision = args.device, args.precision[0]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    step, said = build(args.folder, name, args.size, args.precision[0], device, micro)
-    said["loaded_gb"] = peak_gb(device)
+    if name in OURS:                                 # only here: these import the project
+        from breakdown import matrix_rate
+        from ours_step import ours_step
+
+        step, notes = ours_step(args.folder, name, args.size, precision, device, args.micro_tokens)
+    else:
+        micro_pairs = min(args.pairs, args.tuned_pairs if name == "trl-tuned" else TRL_PAIRS)
+        step, notes = trl_step(args.folder, name, args.size, precision, device, micro_pairs)
+    notes["loaded_gb"] = peak_gb(device)
     if device == "cuda":
-        said["gpu"] = torch.cuda.get_device_name()
+        notes["gpu"] = torch.cuda.get_device_name()
         torch.cuda.reset_peak_memory_stats()
-    print(json.dumps(said), file=answers)
-    if name in OURS:
-        from breakdown import matrix_rate           # of the project: not for TRL's workers
+    print(json.dumps(notes), file=answers)
     for _ in sys.stdin:
         wait()
         start = time.perf_counter()
@@ -113,17 +99,17 @@ def work(name: str, args: argparse.Namespace) -> None:
         wait()
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{name} {args.precision[0]}: loss {loss}")
+            raise FloatingPointError(f"{name} {precision}: loss {loss}")
         answer = {"loss": loss, "seconds": seconds}
         if name in OURS:
-            answer["matrix_flops_per_s"], answer["fastest_matrix_flops_per_s"] = matrix_rate(
-                device, 1.0)
+            mean, fastest = matrix_rate(device, 1.0)
+            answer |= {"matrix_flops_per_s": mean, "fastest_matrix_flops_per_s": fastest}
         print(json.dumps(answer), file=answers)
     print(json.dumps({"peak_gb": peak_gb(device)}), file=answers)
 
 
 def write_inputs(args: argparse.Namespace) -> None:
-    """pairs.json and prompts.json, what every worker reads; anchors come from 64 pairs or more."""
+    """pairs.json and prompts.json, which every worker reads; anchors come from 64 pairs or more."""
     pairs = hh_pairs(args.dataset, args.tokenizer, max(64, args.pairs))
     prompts = with_anchors(pairs, max(1, args.pairs // 4))
     (args.folder / "pairs.json").write_text(json.dumps(pairs[:args.pairs]))
@@ -133,7 +119,7 @@ def write_inputs(args: argparse.Namespace) -> None:
 # ---- all workers --------------------------------------------------------------------------------
 
 def spawn(name: str, precision: str, folder: Path) -> subprocess.Popen:
-    """This script again, as one worker; the last flag of a kind wins."""
+    """This script again, as one worker; of a flag given twice the last one counts."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name,
                "--precision", precision, "--folder", str(folder)]
     # offline also keeps DPOTrainer from reporting its use; the warnings are TRL's and transformers'
@@ -142,20 +128,20 @@ def spawn(name: str, precision: str, folder: Path) -> subprocess.Popen:
                             bufsize=1, env=os.environ | settings)
 
 
-def tell(row_: dict, process: subprocess.Popen, line: str) -> dict:
-    """The worker's JSON answer to a line, "" for none and "end" for its last.
+def ask(row: dict, worker: subprocess.Popen, line: str) -> dict:
+    """The worker's JSON answer to a line; to "", which is not sent, its first; to "end" its last.
 
-    A worker that died answers {} and leaves `failed` in its row; its own words are on stderr.
+    Of a worker that died the answer is {}, and its row gets `failed`; the error is on stderr.
     """
     try:
         if line == "end":
-            process.stdin.close()
+            worker.stdin.close()
         elif line:
-            process.stdin.write(line + "\n")
-        return json.loads(process.stdout.readline())
+            worker.stdin.write(line + "\n")
+        return json.loads(worker.stdout.readline())
     except (json.JSONDecodeError, BrokenPipeError):
-        row_["failed"] = f"ended without an answer, exit code {process.wait()}"
-        print(f"{row_['implementation']}: {row_['failed']}", file=sys.stderr)
+        row["failed"] = f"ended without an answer, exit code {worker.wait()}"
+        print(f"{row['implementation']}: {row['failed']}", file=sys.stderr)
         return {}
 
 
@@ -165,31 +151,37 @@ def medians(row: dict, tokens: dict) -> dict:
     count = tokens["d2o_prompts" if method_of(row["implementation"]) == "d2o" else "pairs"]
     found = {"median_seconds": seconds, "ms_per_pair": 1e3 * seconds / count}
     if rates := row.get("matrix_flops_per_s"):
-        found["share_of_matrix_rate"] = statistics.median(
-            row["necessary_flops"] / s / rate for s, rate in list(zip(row["seconds"], rates))[1:])
+        shares = [row["necessary_flops"] / s / rate
+                  for s, rate in zip(row["seconds"], rates, strict=True)]
+        found["share_of_matrix_rate"] = statistics.median(shares[1:])
     return found
 
 
 def measure(names: list[str], precision: str, folder: Path, repeats: int,
             tokens: dict) -> list[dict]:
-    """One row per implementation, all side by side; the first round warms up: its loss counts,
-    its time does not."""
+    """One row per implementation, all alive at the same time; the first round warms up: its loss
+    counts, its time does not."""
     rows = [{"implementation": name, "precision": precision, "losses": [], "seconds": []}
             for name in names]
-    alive, workers = lambda: [row for row in rows if "failed" not in row], {}
+    workers = {}
+
+    def working() -> list[tuple[dict, subprocess.Popen]]:
+        return [(row, workers[row["implementation"]]) for row in rows if "failed" not in row]
+
     try:
         for row in rows:
-            workers[row["implementation"]] = spawn(row["implementation"], precision, folder)
-            row |= tell(row, workers[row["implementation"]], "")
+            worker = workers[row["implementation"]] = spawn(
+                row["implementation"], precision, folder)
+            row |= ask(row, worker, "")
         for _ in range(1 + repeats):
-            for row in alive():
-                if step := tell(row, workers[row["implementation"]], "step"):
+            for row, worker in working():
+                if step := ask(row, worker, "step"):
                     for key, value in step.items():
                         row.setdefault("losses" if key == "loss" else key, []).append(value)
                     print(f"{precision} {row['implementation']:17} {step['seconds']:8.3f} s   "
                           f"loss {step['loss']:.6f}", file=sys.stderr)
-        for row in alive():
-            row |= tell(row, workers[row["implementation"]], "end") | medians(row, tokens)
+        for row, worker in working():
+            row |= ask(row, worker, "end") | medians(row, tokens)
     finally:
         for worker in workers.values():
             worker.kill()                                             # no effect on one that ended
@@ -197,8 +189,8 @@ def measure(names: list[str], precision: str, folder: Path, repeats: int,
     return rows
 
 
-def groups(names: list[str], together: int) -> list[list[str]]:
-    """Who lives side by side: all, or at most so many of one method at a time, in this order."""
+def side_by_side(names: list[str], together: int) -> list[list[str]]:
+    """Who is alive at the same time: all, or at most so many of one method, in this order."""
     if not together:
         return [list(names)]
     methods = {method: [name for name in names if method_of(name) == method]
@@ -228,38 +220,36 @@ def table(rows: list[dict]) -> str:
 
 
 def goals(rows: list[dict], size: str) -> list[dict]:
-    """What was to be reached at this size beside what came, of the fastest variant of ours.
+    """The goals at this size beside what was measured, of the fastest variant of ours.
 
     low, high   the fastest step of one over the slowest of the other, and the reverse
     """
     found = []
     for precision in PRECISIONS:
-        mine = sorted((row for row in rows if row["precision"] == precision),
-                      key=lambda row: row["median_seconds"])
+        by_speed = sorted((row for row in rows if row["precision"] == precision),
+                          key=lambda row: row["median_seconds"])
         for ours, other, goal in GOALS if size == "7b" else GOALS[-1:]:
-            fast = [row for row in mine if row["implementation"].startswith(ours)
+            fast = [row for row in by_speed if row["implementation"].startswith(ours)
                     and row["implementation"] != other][:1]
-            slow = [row for row in mine if row["implementation"] == other]
+            slow = [row for row in by_speed if row["implementation"] == other]
             found += [{"what": f"{a['implementation']} {precision}: times as fast as {other}",
                        "goal": f">= {goal}", "came": b["median_seconds"] / a["median_seconds"],
                        "low": min(b["seconds"][1:]) / max(a["seconds"][1:]),
                        "high": max(b["seconds"][1:]) / min(a["seconds"][1:])}
                       for a in fast for b in slow]
+        if size != "7b":
+            continue
         for ours, key, goal in (("ours-dpo", "share_of_matrix_rate", f">= {SHARE_GOAL}"),
                                 ("ours-ulma", "ms_per_pair", f"<= {MS_GOAL}")):
-            rows_ = [row for row in mine if row["implementation"].startswith(ours)]
+            fast = [row for row in by_speed if row["implementation"].startswith(ours)][:1]
             found += [{"what": f"{row['implementation']} {precision}: {key}", "goal": goal,
-                       "came": row[key]} for row in rows_[:1] if size == "7b"]
+                       "came": row[key]} for row in fast]
     return found
 
 
 def environment() -> dict:
     """What the numbers depend on beside the code."""
-    cpuinfo = Path("/proc/cpuinfo")                                                # Linux only
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"model name\s*: (.*)", text)
-    return {"cpu": model[1] if model else platform.processor(), "cores": os.cpu_count(),
-            "bf16_instructions": sorted(set(re.findall(r"avx512_bf16|amx_bf16", text))),
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "bf16_instructions": bf16_instructions(),
             "load_before": os.getloadavg()[0], "python": platform.python_version(),
             **{package: metadata.version(package) if util.find_spec(package) else None
                for package in ("torch", *NEEDS)}}
@@ -272,7 +262,8 @@ def loss_differences(rows: list[dict]) -> dict:
         key = f"{method_of(row['implementation'])} {row['precision']}"
         if key in first:
             differences[key] = max([differences.get(key, 0.0), *(
-                abs(loss / other - 1) for loss, other in zip(row["losses"], first[key]))])
+                abs(loss / other - 1)
+                for loss, other in zip(row["losses"], first[key], strict=True))])
         first.setdefault(key, row["losses"])
     return differences
 
@@ -282,11 +273,13 @@ def show(report: dict, rows: list[dict]) -> None:
     print("\n".join(f"{key}: {value}" for key, value in report.items()
                     if key not in ("results", "goals")))
     for row in report["results"]:
-        for key in {"failed", "gpu", "kernels", "liger"} & row.keys():
-            print(f"{row['implementation']} {row['precision']}: {key}: {row[key]}")
+        for key in ("failed", "gpu", "kernels", "liger"):
+            if key in row:
+                print(f"{row['implementation']} {row['precision']}: {key}: {row[key]}")
     for key, difference in report["largest_relative_difference_of_losses"].items():
         if difference > TOLERANCE[key.split()[1]]:
-            raise SystemExit(f"bench/step.py: the losses of {key} disagree; times mean nothing")
+            raise SystemExit(f"bench/step.py: the losses of {key} differ by {difference:.1e}, "
+                             "relative; the times mean nothing")
     print(table(rows))
     for goal in report["goals"]:
         spread = f" ({goal['low']:.2f}-{goal['high']:.2f})" if "low" in goal else ""
@@ -297,7 +290,7 @@ def show(report: dict, rows: list[dict]) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Measure what was asked for, write the JSON, check that losses agree, print the table."""
-    words = [Path(word).name for word in sys.argv]       # names; where the files lie is private
+    words = [Path(word).name for word in sys.argv]                  # of files only their names
     names, absent = args.only, [name for name in NEEDS if not util.find_spec(name)]
     if absent and set(names) & set(TRL):
         print(f"only this project's steps are measured: {', '.join(absent)} not installed")
@@ -313,12 +306,12 @@ def compare(args: argparse.Namespace) -> None:
                           for name in ("pairs", "prompts"))
         report["tokens"] = token_counts(pairs, prompts, args.tuned_pairs)
         for precision in args.precision:         # not side by side: TRL alone takes several GB
-            for side_by_side in groups(names, args.together):
-                results += measure(side_by_side, precision, folder, args.repeats, report["tokens"])
+            for group in side_by_side(names, args.together):
+                results += measure(group, precision, folder, args.repeats, report["tokens"])
                 rows = [row for row in results if "failed" not in row]
                 report |= {"largest_relative_difference_of_losses": loss_differences(rows),
                            "goals": goals(rows, args.size), "results": results}
-                args.out.parent.mkdir(parents=True, exist_ok=True)      # what there is, so far
+                args.out.parent.mkdir(parents=True, exist_ok=True)      # the results so far
                 args.out.write_text(json.dumps(report, indent=1) + "\n")
     show(report, rows)
 
@@ -331,14 +324,14 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(DEFAULT), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="the Llama's shape")
     parser.add_argument("--pairs", type=int, default=8, help="preference pairs in a step")
-    parser.add_argument("--micro_tokens", type=int, default=1024, help="ours: as train.py's")
-    parser.add_argument("--tuned_pairs", type=int, default=8, help="trl-tuned: in a micro-batch")
+    parser.add_argument("--micro_tokens", type=int, default=1024, help="ours: see train.py")
+    parser.add_argument("--tuned_pairs", type=int, default=8, help="trl-tuned: per micro-batch")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps, after one untimed")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of a worker")
     parser.add_argument("--only", nargs="+", choices=(*OURS, *TRL),
                         help="implementations to run (default: what makes sense on the device)")
     parser.add_argument("--together", type=int, default=0,
-                        help="processes of one method side by side; 0: all of all methods")
+                        help="processes of one method alive at a time; 0: all of all methods")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS,
                         help="dtypes of the frozen weights (default: both; on a GPU bf16)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/step.json"),
@@ -348,12 +341,11 @@ def main() -> None:
     args = parser.parse_args()
     args.only = args.only or DEFAULT[args.device]
     args.precision = args.precision or (PRECISIONS[1:] if args.device == "cuda" else PRECISIONS)
-    for micro in (TRL_PAIRS, args.tuned_pairs):      # or the mean over micro-batches is another
+    for micro in (TRL_PAIRS, args.tuned_pairs):      # else the mean over micro-batches differs
         if args.pairs > micro and args.pairs % micro:
             parser.error(f"--pairs {args.pairs} must be a multiple of TRL's {micro}, or less")
-
     if args.worker and args.worker not in TRL:
-        # not for TRL: transformers has uses for a package called kernels, and ours is another
+        # not for TRL: transformers imports another package called kernels where it finds one
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     if args.worker == "inputs":
         write_inputs(args)

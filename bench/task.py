@@ -1,10 +1,14 @@
 """What every implementation of bench/step.py is given: a shape, an adapter, tokens, weights.
 
-Nothing but torch is needed here, and that only where a function asks for it: the workers that run
-TRL import this file too, and the project only where HH is read.
+The workers that run TRL import this file too. So the project is imported only where HH is read, and
+torch only where weights are made.
 """
 import random
 import zlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 SIZES = {     # a Llama's shape, with the names of config.json
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -13,6 +17,10 @@ SIZES = {     # a Llama's shape, with the names of config.json
               "num_key_value_heads": 8, "intermediate_size": 1408, "vocab_size": 32000},
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}}
+OURS = {      # implementation: its attention. The second word of the name is the method
+    "ours-dpo": "auto", "ours-dpo-dense": "dense", "ours-dpo-tree": "tree", "ours-ulma": "auto",
+    "ours-ulma-tree": "tree", "ours-d2o": "auto", "ours-d2o-tree": "tree",
+    "ours-d2o-unshared": "auto"}
 LORA_R, LORA_ALPHA, LORA_TARGETS = 8, 32, ("q_proj", "v_proj")
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-4, 1.0            # but for the rate, TRL's defaults
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}               # of the frozen weights
@@ -25,19 +33,19 @@ def hh_pairs(dataset: str, tokenizer: str, n: int) -> list[dict]:
     dataset    path of an HH .jsonl.gz
     tokenizer  path of a SentencePiece model
     returns    [{"prompt": ids, "chosen": ids, "rejected": ids}]; a prompt starts with BOS, a
-               response ends with EOS, so nobody has to add anything
+               response ends with EOS, so no implementation has to add a token
     raises     ValueError if the file has fewer than n
     """
-    import data
+    from data import read_dataset
+    from tokenizer import Tokenizer, encode_dialogue
 
-    encoder, pairs = data.Tokenizer(tokenizer), []
-    for record in data.read_hh(dataset):
+    encoder, pairs = Tokenizer(tokenizer), []
+    for record in read_dataset(dataset):
         if sorted(record.scores) != [0, 1]:
             continue
         chosen, rejected = (record.responses[record.scores.index(score)] for score in (1, 0))
-        prompt_ids, chosen_ids = data.encode_dialogue(
-            encoder, [*record.prompt, ("Assistant", chosen)])
-        _, rejected_ids = data.encode_dialogue(encoder, [*record.prompt, ("Assistant", rejected)])
+        prompt_ids, chosen_ids = encode_dialogue(encoder, [*record.prompt, ("Assistant", chosen)])
+        _, rejected_ids = encode_dialogue(encoder, [*record.prompt, ("Assistant", rejected)])
         pairs.append({"prompt": prompt_ids, "chosen": chosen_ids, "rejected": rejected_ids})
         if len(pairs) == n:
             return pairs
@@ -47,8 +55,8 @@ def hh_pairs(dataset: str, tokenizer: str, n: int) -> list[dict]:
 def with_anchors(pairs: list[dict], n: int) -> list[dict]:
     """The first n prompts with their bad response and K = 11 answers to other prompts of `pairs`.
 
-    An anchor of D2O is what the model says; here only its length counts, and that is an HH
-    response's.
+    An anchor of D2O is a sample of the model; here only its length counts, which is that of an HH
+    response.
     returns   [{"prompt": ids, "negative": ids, "anchors": [ids] · K}]
     """
     draw, prompts = random.Random(0), []
@@ -60,35 +68,37 @@ def with_anchors(pairs: list[dict], n: int) -> list[dict]:
     return prompts
 
 
+def longest(pair: dict) -> int:
+    """Tokens of the pair's longer sequence."""
+    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+
+
 def padded_tokens(pairs: list[dict], micro_pairs: int) -> int:
     """Tokens of padded micro-batches of so many pairs in this order, a response per row."""
-    lengths = [len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
-               for pair in pairs]
+    lengths = [longest(pair) for pair in pairs]
     batches = [lengths[i:i + micro_pairs] for i in range(0, len(lengths), micro_pairs)]
     return sum(2 * len(batch) * max(batch) for batch in batches)
 
 
 def token_counts(pairs: list[dict], prompts: list[dict], micro_pairs: int) -> dict:
-    """Tokens a step handles, by how prompts are laid out."""
+    """Tokens that a step handles, by how prompts are laid out."""
     prompt = sum(len(pair["prompt"]) for pair in pairs)
     response = sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
     d2o_prompt = sum(len(tree["prompt"]) for tree in prompts)
-    said = sum(len(ids) for tree in prompts for ids in (tree["negative"], *tree["anchors"]))
-    by_length = sorted(pairs, key=lambda pair: len(pair["prompt"]) + max(
-        len(pair["chosen"]), len(pair["rejected"])))
+    d2o_response = sum(len(ids) for tree in prompts for ids in (tree["negative"], *tree["anchors"]))
     return {"pairs": len(pairs), "response": response, "shared_prompt": prompt + response,
             "unpadded": 2 * prompt + response, "padded": padded_tokens(pairs, 8),
-            "padded_by_length": padded_tokens(by_length, micro_pairs),
-            "d2o_prompts": len(prompts), "d2o_shared_prompt": d2o_prompt + said,
-            "d2o_unshared": (1 + ANCHORS) * d2o_prompt + said}
+            "padded_by_length": padded_tokens(sorted(pairs, key=longest), micro_pairs),
+            "d2o_prompts": len(prompts), "d2o_shared_prompt": d2o_prompt + d2o_response,
+            "d2o_unshared": (1 + ANCHORS) * d2o_prompt + d2o_response}
 
 
-def random_weights_(model) -> None:
-    """Fill a Llama with its adapter, in place: every tensor from a seed that is its name's alone.
+def random_weights_(model: "Module") -> None:
+    """Fill a Llama and its adapter, in place: every tensor from a seed made of its name alone.
 
-    So each worker makes the same weights where it needs them, and 13.5 GB cross no disk. Norms
-    are one, B is zero, A uniform in ±1/√D (what loralib's and PEFT's kaiming_uniform_(a=√5)
-    comes to), the rest N(0, 0.02²). PEFT's names are read as ours.
+    So each worker makes the same weights on its device, and no 13.5 GB go through a file. Norms
+    are one, B is zero, A uniform in ±1/√D (which is what kaiming_uniform_(a=√5) of loralib and PEFT
+    gives), the rest N(0, 0.02²). PEFT's names are read as ours.
     """
     import torch
 

@@ -1,35 +1,40 @@
 """TRL's DPO step for bench/step.py: DPOTrainer's own micro-batches, loss, backward and optimizer.
 
     trl          as it comes: random micro-batches of 8 pairs, gradient checkpointing, bf16 autocast
-                 (but not its default of float32 weights under that: frozen weights cast at every
-                 use would cost it 9 ms a pass at 7B, and winning by that would be unfair)
-    trl-compact  the same with its LM head held to response tokens, as TRL does on a GPU anyway
-    trl-tuned    compact; micro-batches of pairs of like length, no checkpointing, and on a GPU
+                 (but not its default of float32 weights under autocast: casting frozen weights at
+                 every use would cost it 9 ms a pass at 7B, an unfair disadvantage)
+    trl-compact  the same with its LM head applied to response tokens only, as TRL does on a GPU
+    trl-tuned    compact; micro-batches of pairs of similar length, no checkpointing, and on a GPU
                  Liger's layer kernels where installed (rotary, RMSNorm, SwiGLU; TRL 1.16 refuses
                  its loss)
 
-This file reaches into TRL 1.16, see `force_compact_head` and StepwiseTrainer.
+This file uses internals of TRL 1.16, see `force_compact_head` and StepwiseTrainer.
 """
 import json
 from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from task import (BETA, DTYPES, LEARNING_RATE, LORA_ALPHA, LORA_R, LORA_TARGETS, MAX_GRAD_NORM,
-                  SIZES, random_weights_)
+import task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import DPOConfig, DPOTrainer
 
 NEEDS = ("trl", "peft", "transformers", "accelerate")
-TRL = {"trl": {}, "trl-compact": {},                                   # DPOConfig's arguments
-       "trl-tuned": {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length",
-                     "remove_unused_columns": False}}              # or `length` would be one
+TRL = {       # implementation: arguments of DPOConfig
+    "trl": {}, "trl-compact": {},
+    "trl-tuned": {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length",
+                  "remove_unused_columns": False}}       # or the column `length` would go
 
 
 def force_compact_head() -> None:
-    """Let TRL's LM head see response tokens only, on a CPU too.
+    """Make TRL apply its LM head to response tokens only, on a CPU too.
 
     TRL 1.16 decides this in trl/trainer/utils.py, `compact = _use_triton(hidden_states.device)`.
     The name is replaced in that module alone: the one in trl/kernels/chunked_logprob.py also
-    chooses between Triton and torch for the tiles and has to go on saying torch here.
+    chooses between Triton and torch for the tiles, and torch is right here.
     """
     import trl.trainer.utils
 
@@ -40,7 +45,7 @@ def force_compact_head() -> None:
 
 
 def liger_layers(device: str) -> str:
-    """Put Liger's kernels into transformers' Llama layers; says what was done."""
+    """Put Liger's kernels into transformers' Llama layers; returns a note on what was done."""
     if util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     version = f"liger-kernel {metadata.version('liger-kernel')}"
@@ -55,19 +60,20 @@ def liger_layers(device: str) -> str:
     return f"{version}: rotary, RMSNorm, SwiGLU"
 
 
-def hf_model(size: str, precision: str, device: str):
-    """transformers' Llama of that shape; what its weights are comes later."""
+def hf_model(size: str, precision: str, device: str) -> "PreTrainedModel":
+    """transformers' Llama of that shape; its weights are filled in later."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**SIZES[size], max_position_embeddings=4096, rms_norm_eps=1e-5,
+    config = LlamaConfig(**task.SIZES[size], max_position_embeddings=4096, rms_norm_eps=1e-5,
                          rope_theta=10000.0, tie_word_embeddings=False)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[precision]))
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, task.DTYPES[precision]))
 
 
-def trainer_of(model, pairs: list[dict], args):
-    """A DPOTrainer whose train() only prepares: `wrapped` and `batches` are then ready."""
+def make_trainer(model: "PreTrainedModel", pairs: list[dict], args: "DPOConfig") -> "DPOTrainer":
+    """A DPOTrainer with an adapter, prepared to take steps on its `wrapped` and `batches`."""
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models
@@ -79,12 +85,13 @@ def trainer_of(model, pairs: list[dict], args):
             return dataset              # TRL 1.16 would tokenize text and append an EOS of its own
 
         def _inner_training_loop(self, **_):
-            # train() has switched checkpointing on and would now run all steps; `step` runs one.
+            # train() has switched checkpointing on and would now run all steps; trl_step runs one
+            # at a time on what is prepared here.
             self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
             self.wrapped, self.batches = self._prepare_for_training(
                 self.args.max_steps, self.get_train_dataloader(), None)
 
-    # DPOTrainer wants a tokenizer, for its pad id only: EOS, as TRL chooses for Llama
+    # DPOTrainer needs a tokenizer for its pad id only: EOS, as TRL chooses for Llama
     words = models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>",
                                         bos_token="<s>", eos_token="</s>")
@@ -93,9 +100,9 @@ def trainer_of(model, pairs: list[dict], args):
             for pair in pairs]
     trainer = StepwiseTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=LORA_R, lora_alpha=LORA_ALPHA,
-                               lora_dropout=0.0, target_modules=list(LORA_TARGETS)))
-    random_weights_(trainer.model)
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=task.LORA_R, lora_alpha=task.LORA_ALPHA,
+                               lora_dropout=0.0, target_modules=list(task.LORA_TARGETS)))
+    task.random_weights_(trainer.model)
     trainer.train()
     return trainer
 
@@ -108,24 +115,25 @@ def trl_step(folder: Path, name: str, size: str, precision: str, device: str,
     name         a row of TRL
     micro_pairs  pairs in a forward pass; the pairs of a step are a multiple of it
     returns      a function that takes one step and gives the loss it started from, the mean over
-                 pairs; and what the result should say about it
+                 pairs; and notes for the result
     """
     from trl import DPOConfig
 
-    pairs, said = json.loads((folder / "pairs.json").read_text()), {"micro_pairs": micro_pairs}
+    pairs, notes = json.loads((folder / "pairs.json").read_text()), {"micro_pairs": micro_pairs}
     if name != "trl" and device == "cpu":
         force_compact_head()
     if name == "trl-tuned":
-        said["liger"] = liger_layers(device)
+        notes["liger"] = liger_layers(device)
     args = DPOConfig(
-        output_dir=str(folder / f"{name}-{precision}"), use_cpu=device == "cpu", beta=BETA,
+        output_dir=str(folder / f"{name}-{precision}"), use_cpu=device == "cpu", beta=task.BETA,
         per_device_train_batch_size=micro_pairs, max_steps=1_000_000,
         gradient_accumulation_steps=len(pairs) // micro_pairs,
-        max_length=None,                                          # 1024 would cut what we do not
-        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_grad_norm=MAX_GRAD_NORM,
+        max_length=None,                                   # the default of 1024 would cut pairs
+        learning_rate=task.LEARNING_RATE, lr_scheduler_type="constant",
+        max_grad_norm=task.MAX_GRAD_NORM,
         bf16=precision == "bf16",                       # autocast, TRL's default; fp32 without it
         **TRL[name])
-    trainer = trainer_of(hf_model(size, precision, device), pairs, args)
+    trainer = make_trainer(hf_model(size, precision, device), pairs, args)
 
     def step() -> float:                                     # Trainer._run_epoch, without logging
         loss = 0.0
@@ -136,4 +144,4 @@ def trl_step(folder: Path, name: str, size: str, precision: str, device: str,
         trainer.lr_scheduler.step()
         trainer.wrapped.zero_grad()
         return loss.item()
-    return step, said
+    return step, notes

@@ -11,13 +11,11 @@ import io
 import itertools
 import json
 import os
-import runpy
+import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import sentencepiece
@@ -26,50 +24,48 @@ import torch
 from data import VICUNA_SYSTEM
 from model import Llama, LlamaConfig, save_llama
 
-if os.environ.get("ORACLES"):       # `make oracles`: a missing package is a failure there, no skip
-    pytest.importorskip = importlib.import_module
-
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)        # two workers share the cores, and matrices are small
 TINY_VOCAB = 448        # 3 specials, 256 bytes, the rest learned
-QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 # ---- commands -----------------------------------------------------------------------------------
 
-def launch(script: str, *flags, ranks: int = 1) -> list[str]:
-    """The command line of one of our scripts."""
+def launch(command: str, *flags, ranks: int = 1) -> list[str]:
+    """The command line of one of our commands: "train.py", or "rlhf.ppo" for python -m."""
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, str(ROOT / script), *map(str, flags)]
+    script = [str(ROOT / command)] if command.endswith(".py") else ["-m", command]
+    return [*launcher, *script, *map(str, flags)]
 
 
-def finish(script: str, *flags, ranks: int = 1) -> str:
-    """Run a script to its end and return what it printed; one rank runs in this process, on one
-    thread as QUIET's do: importing torch anew costs seconds."""
+def finish(command: str, *flags, ranks: int = 1) -> str:
+    """Run a command to its end and return what it printed; one rank runs in this process, on one
+    thread as ONE_THREAD's do: importing torch anew costs seconds."""
     if ranks > 1:
-        run = subprocess.run(launch(script, *flags, ranks=ranks), cwd=ROOT, env=QUIET,
+        run = subprocess.run(launch(command, *flags, ranks=ranks), env=ONE_THREAD,
                              capture_output=True, text=True, timeout=180)
         assert run.returncode == 0, run.stderr
         return run.stdout
     threads, shown = torch.get_num_threads(), io.StringIO()
     torch.set_num_threads(1)
     try:
-        with mock.patch.object(sys, "argv", [script, *map(str, flags)]), \
-                contextlib.redirect_stdout(shown):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        with contextlib.redirect_stdout(shown):
+            module = command.removesuffix(".py")
+            if (ROOT / module).is_dir():                     # python -m judge
+                module += ".__main__"
+            importlib.import_module(module).main([str(flag) for flag in flags])
     finally:
         torch.set_num_threads(threads)
     return shown.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def put_back_what_train_changes():
-    """train.main sets signal handlers and flushes denormals for its whole process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    torch.set_flush_denormal(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def need(package: str):
+    """Import a package that only oracles need; skip without it, but under `make oracles` fail."""
+    if os.environ.get("ORACLES"):
+        return importlib.import_module(package)
+    return pytest.importorskip(package)
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -142,6 +138,21 @@ def tiny_tokenizer(tmp_path_factory) -> str:
 def tiny_model(tmp_path_factory, tiny_tokenizer) -> str:
     """Path of a Hugging Face folder; read only, make another with save_tiny_model to change it."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny-model"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> Path:
+    """A JSONL file of 120 short pairs."""
+    rng = random.Random(0)
+    words = "the a cat dog sat ran on under mat hill and then some more".split()
+
+    def sentence(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    write_jsonl(path, [{"prompt": sentence(2, 9), "chosen": sentence(1, 12) + " yes",
+                        "rejected": sentence(1, 12) + " no"} for _ in range(120)])
+    return path
 
 
 @pytest.fixture(scope="session")

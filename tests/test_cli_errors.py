@@ -1,4 +1,4 @@
-"""Bad input ends in one sentence on stderr, exit code 2, and nothing written.
+"""Bad input ends with one sentence on stderr, exit code 2, and nothing written.
 
 Commands run in this process (importing torch anew costs seconds); two run as a user runs them.
 """
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluate
 import train
-from checkpoint import FREE_FLAGS, claim_output_dir
+from files.cli import run_cli
+from training.checkpoint import FREE_FLAGS, claim_output_dir
 
 PAIRS = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(8)]
 POINTS = [{"prompt": f"Question {n}?", "completion": "Yes.", "label": True} for n in range(8)]
@@ -26,9 +27,10 @@ POINTS = [{"prompt": f"Question {n}?", "completion": "Yes.", "label": True} for 
 
 @pytest.fixture
 def refused(tmp_path, tiny_model, monkeypatch, capsys):
-    """refused(*flags): train.py fails as promised with them; returns its sentence.
+    """refused(*flags): assert that train.py refuses them as promised; returns its sentence.
 
-    Flags given here come after, and so win over, a model, pairs that fit it and an output_dir.
+    Without these flags the command would be right: a model, pairs that fit it, an output_dir.
+    `command` is run instead of train.py.
     """
     folder = tmp_path / "work"
     folder.mkdir()
@@ -43,7 +45,7 @@ def refused(tmp_path, tiny_model, monkeypatch, capsys):
         before = tree_of(tmp_path)
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            data.run_cli(command or functools.partial(train.main, argv))
+            run_cli(command or functools.partial(train.main, argv))
         error = capsys.readouterr().err
         assert left.value.code == 2, error
         assert error.startswith("error: ") and error.find("\n") == len(error) - 1, error
@@ -53,6 +55,7 @@ def refused(tmp_path, tiny_model, monkeypatch, capsys):
 
 
 def has(sentence, *words) -> None:
+    """Assert that an error's sentence has these words."""
     missing = [word for word in words if word not in sentence]
     assert not missing, f"{missing} not in {sentence!r}"
 
@@ -75,7 +78,7 @@ DATA = {      # bytes of a data file, words of the sentence
 
 @pytest.mark.parametrize("fault", DATA)
 def test_bad_data_is_refused(refused, tmp_path, fault):
-    # The sentence names the file, the line, and what is wrong there.
+    # By a sentence with the file, the line and what is wrong there.
     raw, *words = DATA[fault]
     path = write_bytes(tmp_path / "rows.jsonl", raw)
     has(refused(dataset=path), path, *words)
@@ -95,7 +98,7 @@ def test_dataset_and_model_go_together(refused, monkeypatch):
 
 
 def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_path):
-    # Points have no pairs; all-good points have nothing a method with a bad half could use.
+    # Points have no pairs; where all are good, methods for bad responses have nothing to train on.
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*POINTS, POINTS[0] | {"label": False}])
     fit = ("ulma, ulma_mse, pointwise_dpo, pointwise_mse, sft, positive_dpo, unlearning, "
            "negative_dpo, d2o, unlikelihood, pointwise_reward_model, mse_reward_model\n")
@@ -128,7 +131,7 @@ CONFIG = {      # change to config.json, words of the sentence
     "two at once": ({"model_type": "x", "qk_norm": 1}, "model_type = 'x'", "qk_norm = 1"),
     "odd heads": ({"num_attention_heads": 5}, "hidden_size 32", "num_attention_heads 5"),
     "kv heads": ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-    # no traceback for a value of the wrong kind either
+    # values of the wrong type
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads"),
     "size is text": ({"hidden_size": "32"}, "hidden_size"),
     "eps is text": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
@@ -145,7 +148,7 @@ def changed_model(tiny_model, folder, **config) -> str:
 
 @pytest.mark.parametrize("case", CONFIG)
 def test_an_unsupported_config_is_refused(refused, tmp_path, tiny_model, case):
-    # Loading it anyway would train a model that is not the one in the folder.
+    # Otherwise the model that is trained would not be the one in the folder.
     changes, *words = CONFIG[case]
     has(refused("--max_steps", "1", model=changed_model(tiny_model, tmp_path / "model", **changes)),
         *words)
@@ -153,14 +156,14 @@ def test_an_unsupported_config_is_refused(refused, tmp_path, tiny_model, case):
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", ""])
 def test_a_config_that_is_no_json_object_is_refused(refused, tmp_path, tiny_model, text):
-    # A cut download, or a list: one sentence with the file's name, no traceback.
+    # A cut download, or a list: the sentence has the file's name.
     model = changed_model(tiny_model, tmp_path / "model")
     write_bytes(tmp_path / "model/config.json", text.encode())
     has(refused(model=model), os.path.join(model, "config.json"))
 
 
 def test_every_tensor_that_does_not_fit_is_listed(refused, tmp_path, tiny_model):
-    # Missing, unexpected and mis-shaped ones at once: a reader fixes the folder in one go.
+    # Missing, unexpected and mis-shaped ones in one sentence: the user need not try again for each.
     model = changed_model(tiny_model, tmp_path / "model")
     tensors = load_file(os.path.join(model, "model.safetensors"))
     del tensors["model.norm.weight"], tensors["model.layers.0.mlp.up_proj.weight"]
@@ -184,8 +187,8 @@ WEIGHTS = {      # what lies there as model.safetensors, words of the sentence
 
 
 @pytest.mark.parametrize("fault", WEIGHTS)
-def test_weights_that_are_none_are_refused(refused, tmp_path, tiny_model, fault):
-    # safetensors says "header too large" of a git-lfs pointer, which helps nobody.
+def test_a_file_that_holds_no_weights_is_refused(refused, tmp_path, tiny_model, fault):
+    # For a git-lfs pointer the error of safetensors is "header too large", which does not help.
     model, (raw, *words) = changed_model(tiny_model, tmp_path / "model"), WEIGHTS[fault]
     file = tmp_path / "model/model.safetensors"
     file.write_bytes(file.read_bytes()[:-9] if raw is None else raw)
@@ -193,7 +196,7 @@ def test_weights_that_are_none_are_refused(refused, tmp_path, tiny_model, fault)
 
 
 def test_missing_and_unindexed_weights_are_refused(refused, tmp_path, tiny_model):
-    # A shard that was not downloaded; then indexes nobody can read, which must be named.
+    # A shard that was not downloaded; then unreadable indexes, which must be named.
     model, index = changed_model(tiny_model, tmp_path / "model"), "model.safetensors.index.json"
     index_file = tmp_path / "model" / index
     (tmp_path / "model/model.safetensors").unlink()
@@ -205,7 +208,7 @@ def test_missing_and_unindexed_weights_are_refused(refused, tmp_path, tiny_model
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(refused, tmp_path, tiny_tokenizer):
-    # Ids past the embedding end in an IndexError, on a GPU in an assertion far from its cause.
+    # An id outside the embedding is an IndexError, on a GPU an assertion without its cause.
     model = save_tiny_model(tmp_path / "model", tiny_tokenizer, vocab_size=400)
     has(refused(model=model), "448 pieces", "only 400 rows")
 
@@ -217,7 +220,7 @@ FLAGS = {      # flags, words of the sentence
     "micro 0": ("--micro_tokens 0", "--micro_tokens 0 must be at least 1"),
     "logging 0": ("--logging_steps 0", "--logging_steps 0 must be"),
     "save 0": ("--save_steps 0", "--save_steps 0 must be"),
-    "keep 0": ("--save_total_limit 0", "--save_total_limit 0 must be"),
+    "limit 0": ("--save_total_limit 0", "--save_total_limit 0 must be"),
     "r -1": ("--lora_r -1", "r = -1 must be at least 1"),
     "prompt 1": ("--max_prompt_length 1", "max_prompt_length 1 must be at least 2"),
     "prompt = length": ("--max_length 512", "max_prompt_length 512", "less than max_length 512"),
@@ -226,13 +229,11 @@ FLAGS = {      # flags, words of the sentence
     "bf16 of all weights": ("--bf16 --lora_r 0", "--bf16 with --lora_r 0"),
     "fsdp of all weights": ("--fsdp --lora_r 0", "--fsdp", "--lora_r 0"),
     "fsdp alone": ("--fsdp", "--fsdp needs two or more processes"),
-    "varlen on a CPU": ("--attention varlen", "--attention varlen needs a GPU"),
-    "compiled d2o": ("--method d2o --compile", "--compile and --attention are for training alone"),
-    "d2o by flex": ("--method d2o --attention flex", "are for training alone"),
+    "flex on a CPU": ("--attention flex", "--attention flex needs a GPU"),
     "targets": ("--lora_target_modules q_proj c_attn wte", "no linear layer is called c_attn, wte",
                 "q_proj", "v_proj"),
     "all held out": ("--held_out 1", "does not fit the data"),
-    # numbers that cannot be meant
+    # numbers that make no sense
     "epochs 0": ("--num_train_epochs 0", "num_train_epochs"),
     "epochs -1": ("--num_train_epochs -1", "num_train_epochs"),
     "epochs nan": ("--num_train_epochs nan", "num_train_epochs"),
@@ -256,20 +257,20 @@ FLAGS = {      # flags, words of the sentence
     "no adapter": ("--method d2o --reference_plus .", "./adapter_config.json: no such file"),
     "not d2o": ("--method ulma --num_anchors 3 --alpha 1", "--num_anchors, --alpha: only",
                 "--method d2o", "not ulma"),
-    # the forward multiplies by lm_head.weight itself: an adapter there would do nothing
+    # the step multiplies by lm_head.weight itself: an adapter there would have no effect
     "lm_head": ("--lora_target_modules q_proj lm_head", "lm_head"),
 }
 
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_impossible_flags_are_refused(refused, case):
-    # Before anything is written: a folder made first would block the corrected command.
+    # Before anything is written: an output folder would stand in the way of the corrected command.
     flags, *words = FLAGS[case]
     has(refused(*flags.split()), *words)
 
 
-def test_a_learning_rate_of_zero_is_kept(tmp_path, tiny_model, monkeypatch, capsys):
-    # `args.learning_rate or 1e-5` turns the 0 of a dry run into training.
+def test_a_learning_rate_of_zero_stays_zero(tmp_path, tiny_model, monkeypatch, capsys):
+    # `args.learning_rate or 1e-5` would turn a dry run into training.
     monkeypatch.chdir(tmp_path)
     train.main(["--model_name_or_path", tiny_model, "--output_dir", "out", "--max_steps", "1",
                 "--dataset", write_jsonl("pairs.jsonl", PAIRS), "--learning_rate", "0"])
@@ -279,7 +280,7 @@ def test_a_learning_rate_of_zero_is_kept(tmp_path, tiny_model, monkeypatch, caps
 # ---- the output folder --------------------------------------------------------------------------
 
 def test_a_finished_run_is_neither_repeated_nor_changed(refused, tmp_path, tiny_model):
-    # The same command again; with other flags, each of them named and no other; with a free flag.
+    # The same command again; with a flag that changes no number; with others, which are all named.
     argv = ["--max_steps", "1", "--seed", "3"]
     train.main(["--model_name_or_path", tiny_model, "--dataset", str(tmp_path / "pairs.jsonl"),
                 "--output_dir", "out", *argv])
@@ -290,7 +291,7 @@ def test_a_finished_run_is_neither_repeated_nor_changed(refused, tmp_path, tiny_
 
 
 def test_a_changed_data_file_is_another_run(refused, tmp_path, tiny_model):
-    # Same path, other bytes: the continuation would train on rows the first half never saw.
+    # The same path, other bytes: a continued run would have been trained on two data sets.
     train.main(["--model_name_or_path", tiny_model, "--dataset", str(tmp_path / "pairs.jsonl"),
                 "--output_dir", "out", "--max_steps", "1"])
     write_jsonl(tmp_path / "pairs.jsonl", PAIRS[1:])
@@ -300,7 +301,7 @@ def test_a_changed_data_file_is_another_run(refused, tmp_path, tiny_model):
 
 
 def test_a_folder_that_holds_no_run_is_left_alone(refused, tmp_path):
-    # Somebody's results: refused, and never deleted, not even with --overwrite_output_dir.
+    # Other people's files are never deleted, not even with --overwrite_output_dir.
     (tmp_path / "work/out").mkdir()
     write_bytes(tmp_path / "work/out/thesis.tex", b"ten years of work")
     has(refused(), "out is not empty and holds no run")
@@ -311,8 +312,9 @@ FREE = {"output_dir": "x", "overwrite_output_dir": False, "logging_steps": 1, "s
         "save_total_limit": 3}
 
 
-def test_claiming_a_folder_is_continuing_only_with_the_same_numbers(tmp_path):
-    # Absent or empty: claimed. Same flags, or flags that change no number: continued, untouched.
+def test_a_run_is_only_continued_with_the_same_flags(tmp_path):
+    # A new or an empty folder is taken. Where all flags that change numbers are the same, the run
+    # is continued and nothing is written.
     folder, flags = tmp_path / "new/run", {"seed": 1, "beta": 0.1} | FREE
     claim_output_dir(str(folder), flags, overwrite=False)
     assert json.loads((folder / "args.json").read_text()) == flags
@@ -333,7 +335,7 @@ def test_claiming_a_folder_is_continuing_only_with_the_same_numbers(tmp_path):
 
 
 def test_only_a_run_is_ever_overwritten(tmp_path):
-    # rm -rf of a home folder by a mistyped flag: overwrite deletes only what has an args.json.
+    # A mistyped flag must not delete a home folder: only a folder with an args.json is.
     write_bytes(tmp_path / "file", b"x")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="holds no run"):
@@ -345,7 +347,7 @@ def test_only_a_run_is_ever_overwritten(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", ""])
 def test_a_damaged_args_json_is_named(tmp_path, text):
-    # "Expecting value: line 1 column 1" without a file name sends the reader nowhere.
+    # "Expecting value: line 1 column 1" without a file name would not help.
     write_bytes(tmp_path / "args.json", text.encode())
     with pytest.raises(ValueError, match=r"args\.json"):
         claim_output_dir(str(tmp_path), {"seed": 1}, overwrite=False)
@@ -353,41 +355,28 @@ def test_a_damaged_args_json_is_named(tmp_path, text):
 
 # ---- the other commands -------------------------------------------------------------------------
 
-def test_eval_refuses_what_is_no_finished_run(refused, tmp_path, tiny_model, monkeypatch):
-    # Nothing there; a model folder; a run that was killed; one whose args.json is no flags.
+def test_eval_refuses_what_is_no_finished_run(refused, tmp_path, tiny_model):
+    # No folder; a model's; a run that was killed; one whose args.json holds no flags.
     killed, odd = tmp_path / "killed", tmp_path / "odd"
     claim_output_dir(str(killed), {"seed": 1}, overwrite=False)
     for folder in (tmp_path / "nothing", tiny_model, killed):
-        monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
-        has(refused(command=evaluate.main), f"{folder} is not a finished run of train.py")
+        sentence = refused(command=functools.partial(evaluate.main, [str(folder)]))
+        has(sentence, f"{folder} is not a finished run of train.py")
     (odd / "final").mkdir(parents=True)
     for text in ("[]", "{}", "{"):
         write_bytes(odd / "args.json", text.encode())
-        monkeypatch.setattr(sys, "argv", ["eval.py", str(odd)])
-        has(refused(command=evaluate.main), str(odd))
+        has(refused(command=functools.partial(evaluate.main, [str(odd)])), str(odd))
 
 
-def test_data_py_refuses_a_bad_file(refused, tmp_path, monkeypatch):
-    # The command a reader tries first on a new file.
+def test_data_py_refuses_a_bad_file(refused, tmp_path):
+    # The first command one tries on a new file.
     path = write_jsonl(tmp_path / "rows.jsonl", [POINTS[0], "{"])
-    monkeypatch.setattr(sys, "argv", ["data.py", path])
-    has(refused(command=data.main), f"{path}:2: bad JSON")
-
-
-def test_one_rank_speaks_for_all(monkeypatch, capsys):
-    # Eight ranks meet the same bad file: one sentence, eight exit codes.
-    def fail():
-        raise ValueError("bad")
-    for rank, said in (("0", "error: bad\n"), ("3", "")):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as left:
-            data.run_cli(fail)
-        assert (left.value.code, capsys.readouterr().err) == (2, said)
+    has(refused(command=functools.partial(data.main, [path])), f"{path}:2: bad JSON")
 
 
 @pytest.mark.parametrize("command", ["train.py", "eval.py"])
 def test_the_real_command_prints_one_sentence(tmp_path, tiny_model, command):
-    # As a user runs it: no traceback, no warning of an import, code 2, nothing on disk.
+    # As a user runs it: no traceback, no warning from an import, code 2, nothing on disk.
     bad = write_jsonl(tmp_path / "bad.jsonl", [PAIRS[0], "{"])
     flags = (["--model_name_or_path", tiny_model, "--dataset", bad, "--output_dir", "out"]
              if command == "train.py" else [str(tmp_path)])

@@ -1,163 +1,341 @@
-"""D2O and the losses of reward models (ulma.py): by hand, finite differences, bounds."""
-import inspect
-import math
+"""Anchors of D2O: what they are samples of, what is stored, and whole runs of --method d2o.
 
+Numbers (iii) to (vi) are bugs of a public re-implementation: (iii) references that are the policy
+itself, (iv) references copied from it on the way, (v) a canned sentence as anchor, (vi) the start
+of a response found by tokenizing the prompt again.
+"""
+import json
+import math
+import signal
+import subprocess
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import pytest
 import torch
-from torch import tensor
+from conftest import ONE_THREAD, ROOT
+from helpers import (adapter_hash, backward, command, finish, flat_gradient, logged, make_model,
+                     make_trees, no_reference, usable, wait_for_lines)
 from torch.testing import assert_close
 
-from ulma import (d2o_loss, dpo_loss, mse_reward_model_loss, negative_dpo_loss, pointwise_dpo_loss,
-                  pointwise_reward_model_loss, response_logps, reward_model_loss)
+from d2o import AnchorSource, anchor_seeds, anchored_trees, sampling_batches
+from generate import Sampling, generate
+from kernels import linear_logps
+from lora import add_lora, load_adapter, lora_disabled, save_adapter, share_base
+from model import load_llama
+from packing import Tree, build_stream, one_negative_per_tree
+from step import Compute, reference_logps, sequence_logps
+from tokenizer import Tokenizer
+from training.checkpoint import trainable
+from training.ranks import Ranks
 
-LN3 = math.log(3)
-
-
-def random_prompts(seed, prompts=6, anchors=4, dtype=torch.float64):
-    """Log-probs of anchors [P, K] and negatives [P], of the policy and then of the references."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(prompts, anchors), (prompts,)]
-    references = [-60 + 10 * torch.randn(shape, generator=generator) for shape in shapes]
-    policies = [r + 8 * torch.randn(r.shape, generator=generator) for r in references]
-    return [t.to(dtype) for t in (*policies, *references)]
-
-
-# ---- D2O ----------------------------------------------------------------------------------------
-
-def test_d2o_by_hand():
-    # Anchors' log-ratios 8 ln 3 and 2 ln 3: beta / K times their sum is 0.1 · 5 ln 3 = ln 3 / 2;
-    # the negative's is -5/2 ln 3, times alpha = 0.2 is -ln 3 / 2. σ(ln 3) = 3/4, loss ln(4/3).
-    # Dividing by K twice gives σ(3/4 ln 3), loss 0.363 for 0.288.
-    losses = d2o_loss(tensor([[8 * LN3 - 7, 2 * LN3 - 5]]), tensor([-2.5 * LN3 - 9]),
-                      tensor([[-7.0, -5.0]]), tensor([-9.0]), beta=0.1, alpha=0.2)
-    assert_close(losses, tensor([math.log(4 / 3)]))
+EOS = 2
 
 
-def test_d2o_with_one_anchor_and_alpha_beta_is_dpo_to_the_bit():
-    # K = 1, one reference, the anchor in the place of the chosen response; in float32 and with a
-    # beta that is no power of two, where beta a - beta b and beta (a - b) differ in the last bit.
-    anchor, negative, anchor_reference, reference = random_prompts(0, 2000, 1, torch.float32)
-    losses = d2o_loss(anchor, negative, anchor_reference, reference, beta=0.1, alpha=0.1)
-    expected = dpo_loss(anchor[:, 0], negative, anchor_reference[:, 0], reference, beta=0.1)
-    assert torch.equal(losses, expected)
+def negatives(count=11):
+    """Trees of one negative each; the last two share a prompt."""
+    trees = one_negative_per_tree(usable(make_trees(count), "negative"))
+    return [*trees, replace(trees[-1], response_ids=[[7, 8, EOS]])]
 
 
-def test_d2o_equals_its_formula_written_with_exponentials():
-    anchors, negative, anchor_reference, reference = random_prompts(1)
-    losses = d2o_loss(anchors, negative, anchor_reference, reference, beta=0.1, alpha=0.25)
-    for row in range(len(losses)):
-        h = sum(0.1 / 4 * float(anchors[row, k] - anchor_reference[row, k]) for k in range(4))
-        h -= 0.25 * float(negative[row] - reference[row])
-        assert_close(losses[row].item(), -math.log(1 / (1 + math.exp(-h))), rtol=1e-9, atol=0)
+def make(folder, model, trees, step=0, **changes):
+    """anchored_trees with two anchors of up to 12 tokens, from batches of about three trees."""
+    settings = dict(
+        output_dir=str(folder), model=model, references=(partial(lora_disabled, model),) * 2,
+        trees=trees, batches=[list(range(len(trees)))], refresh=0, num_anchors=2,
+        sampling=Sampling(12, 0.8, 0.9, EOS), seed=5, mean_logps=False,
+        compute=Compute(micro_tokens=15), ranks=Ranks())
+    return anchored_trees(AnchorSource(**(settings | changes)), step)
 
 
-def test_d2o_is_at_most_the_mean_of_dpo_over_its_anchors():
-    # log σ is concave, so -log σ(mean) <= mean(-log σ): the paper's upper bound of instance-level
-    # DPO, as a probability. A margin that is not the mean over anchors breaks it somewhere.
-    anchors, negative, anchor_reference, reference = random_prompts(2, 1000, 5)
-    losses = d2o_loss(anchors, negative, anchor_reference, reference, beta=0.1, alpha=0.1)
-    single = torch.stack([dpo_loss(anchors[:, k], negative, anchor_reference[:, k], reference, 0.1)
-                          for k in range(5)]).mean(0)
-    assert (losses <= single + 1e-12).all() and (losses < single - 1e-3).any()
-    same = [t[:, :1].expand(-1, 5) if t.ndim == 2 else t for t in random_prompts(2, 1000, 5)]
-    assert_close(d2o_loss(*same, 0.1, 0.1), dpo_loss(same[0][:, 0], same[1], same[2][:, 0], same[3],
-                                                     0.1))         # equal anchors: equality
+def step_loss(model, trees):
+    """The loss of a step, which runs no reference; its gradient is added up in the model."""
+    return float(backward(model, trees, "d2o", reference=no_reference(model), beta=0.3,
+                          alpha=0.2)[0])
 
 
-def test_d2o_gradient_is_equation_4_and_central_differences():
-    # dL/d(anchor k) = -σ(-h) beta / K, dL/d(negative) = σ(-h) alpha, h from the formula.
-    anchors, negative, *references = random_prompts(3)
-    anchors.requires_grad_(), negative.requires_grad_()
-    d2o_loss(anchors, negative, *references, beta=0.1, alpha=0.25).sum().backward()
-    with torch.no_grad():
-        h = 0.1 * (anchors - references[0]).mean(1) - 0.25 * (negative - references[1])
-        weight = 1 / (1 + h.exp())
-        assert_close(anchors.grad, (-weight * 0.1 / 4)[:, None].expand(-1, 4), rtol=1e-12, atol=0)
-        assert_close(negative.grad, weight * 0.25, rtol=1e-12, atol=0)
-        for tensor_, index in ((anchors, (2, 1)), (anchors, (5, 3)), (negative, (4,))):
-            values = []
-            for sign in (1, -1):
-                tensor_[index] += sign * 1e-5
-                values.append(d2o_loss(anchors, negative, *references, 0.1, 0.25).sum())
-                tensor_[index] -= sign * 1e-5
-            assert_close(tensor_.grad[index], (values[0] - values[1]) / 2e-5, rtol=1e-7, atol=1e-10)
+# ---- what they are samples of -------------------------------------------------------------------
+
+def test_every_anchor_is_a_sample_of_the_policy_with_a_seed_of_its_own(tmp_path):
+    # (v) Each is what generate() samples alone, with nothing beside it in the batch: from this
+    # policy, adapters on, by (seed, step, tree, k) and nothing else. No sentence is shared.
+    model, trees = make_model(), negatives()
+    made = make(tmp_path, model, trees)
+    assert sorted(made) == list(range(len(trees)))
+    for number, tree in made.items():
+        for ids, seed in zip(tree.response_ids[1:], anchor_seeds(5, 0, number, 2), strict=True):
+            assert generate(model, [tree.prompt_ids], 12, 0.8, 0.9, EOS, [seed]) == [ids]
+    anchors = [tuple(ids) for tree in made.values() for ids in tree.response_ids[1:]]
+    assert len(set(anchors)) == len(anchors)
+    (tmp_path / "base").mkdir()
+    with lora_disabled(model):                                 # the base's samples are others
+        base = make(tmp_path / "base", model, trees)
+    assert sum(base[n].response_ids != made[n].response_ids for n in made) > len(made) // 2
+    assert make(tmp_path, model, trees, 1, refresh=1, batches=[[], [0]])[0] != made[0]
 
 
-def test_d2o_sums_over_the_tokens_of_an_anchor():
-    # A public re-implementation passes length averages: the weight of a token of anchor k is
-    # beta / K · σ(-h) however long the anchor is. At the reference σ = 1/2: 0.2 / 2 / 2 = 0.05.
-    per_token_logps = torch.full((6,), -2.0, requires_grad=True)
-    logps = response_logps(per_token_logps, tensor([0, 1, 1, 1, 2, 2]), 3)       # lengths 1, 3, 2
-    reference = logps.detach()
-    d2o_loss(logps[None, :2], logps[2:], reference[None, :2], reference[2:], 0.2, 0.2).backward()
-    assert_close(per_token_logps.grad, tensor([-0.05] * 4 + [0.1] * 2))
+def test_batches_of_sampling_hold_every_tree_once_within_the_cache(tmp_path):
+    trees = negatives()
+    for cache_tokens in (1, 100, 150, 200, 10_000):
+        batches = sampling_batches(trees, range(len(trees)), 2, 12, cache_tokens)
+        assert sorted(sum(batches, [])) == list(range(len(trees)))
+        for batch in batches:
+            longest = max(len(trees[n].prompt_ids) for n in batch)
+            assert len(batch) == 1 or len(batch) * 2 * (longest + 12) <= cache_tokens
+    assert len(batches) == 1 and len(sampling_batches(trees, range(len(trees)), 2, 12, 100)) > 2
 
 
-def test_d2o_has_no_default_for_its_references_and_each_counts_in_its_place():
-    # References that default to the policy itself give log 2 for ever (another bug of that code).
-    # π_r- stands under the anchors, π_r+ under the negative: swapped, h has another sign.
-    parameters = inspect.signature(d2o_loss).parameters.values()
-    assert all(parameter.default is inspect.Parameter.empty for parameter in parameters)
-    zero, one = torch.zeros(1, 2), torch.ones(1)
-    assert_close(d2o_loss(zero, one, zero, one, 0.5, 0.5), tensor([math.log(2)]))
-    harmful = d2o_loss(zero, one, zero - 2 * LN3, one, 0.5, 0.5)     # h = 0.5 · 2 ln 3 = ln 3
-    helpful = d2o_loss(zero, one, zero, one - 2 * LN3, 0.5, 0.5)     # h = -ln 3
-    assert_close(torch.cat([harmful, helpful]), tensor([math.log(4 / 3), math.log(4)]))
+def test_a_refresh_samples_the_policy_of_its_step_for_the_steps_that_follow(tmp_path):
+    # Lagged, refresh = 2: step 3 reads the samples of step 2's policy and makes no new ones.
+    trees, batches = negatives(), [[0, 1], [2], [3, 4], [5, 0], [1]]
+    old, new = make_model(seed=0), make_model(seed=1)
+    first = make(tmp_path, old, trees, 0, batches=batches, refresh=2)
+    assert sorted(first) == [0, 1, 2]
+    refreshed = make(tmp_path, new, trees, 2, batches=batches, refresh=2)
+    assert sorted(refreshed) == [0, 3, 4, 5]
+    (seed, _), prompt_ids = anchor_seeds(5, 2, 0, 2), trees[0].prompt_ids
+    assert refreshed[0].response_ids[1] == generate(new, [prompt_ids], 12, 0.8, 0.9, EOS, [seed])[0]
+    assert make(tmp_path, old, trees, 3, batches=batches, refresh=2) == refreshed
 
 
-def test_d2o_without_anchors_weight_is_negative_dpo():
-    # beta = 0 leaves -log σ(-alpha ρ): the "without sampling" corner, negative DPO with its alpha.
-    anchors, negative, anchor_reference, reference = random_prompts(4)
-    assert_close(d2o_loss(anchors, negative, anchor_reference, reference, beta=0.0, alpha=0.3),
-                 negative_dpo_loss(negative, reference, beta=0.3))
+# ---- what is stored of them ---------------------------------------------------------------------
+
+def test_the_ids_that_were_sampled_are_trained_on_even_where_the_tokenizer_would_differ(
+        tmp_path, tiny_model):
+    # (vi) A random model samples pieces that no tokenizer would choose. Labels are those very ids;
+    # an anchor that ended has its EOS, one that ran out of room has none.
+    model, tokenizer = load_llama(tiny_model), Tokenizer(tiny_model)
+    trees = [Tree([1, 300, 301 + n], [[400, EOS]], [0.0], []) for n in range(40)]
+    model.lm_head.weight.data[EOS] += 0.05                     # some end
+    made = make(tmp_path, model, trees, references=(partial(nullcontext, model),) * 2,
+                sampling=Sampling(12, 1.0, 1.0, EOS), compute=Compute(micro_tokens=500))
+    stream = build_stream(list(made.values()))
+    responses = [ids for tree in made.values() for ids in tree.response_ids]
+    assert stream.labels.tolist() == sum(responses, [])
+    rows = [json.loads(line) for line in open(tmp_path / "anchors-0.jsonl")]
+    assert {row["tree"]: row["anchor_ids"] for row in rows} == {
+        n: tree.response_ids[1:] for n, tree in made.items()}
+    anchors = [ids for tree in made.values() for ids in tree.response_ids[1:]]
+    assert any(tokenizer.encode(tokenizer.decode(ids)) != ids for ids in anchors)
+    ended = [ids for ids in anchors if ids[-1] == EOS]
+    assert ended and len(ended) < len(anchors)
+    assert all(EOS not in ids[:-1] for ids in anchors)
+    assert all(len(ids) == 12 for ids in anchors if ids[-1] != EOS)
 
 
-def test_d2o_is_finite_at_extreme_logps_and_empty_without_prompts():
-    values = tensor([-1e4, 1e4, 0.0])
-    grid = torch.cartesian_prod(values, values, values, values)                  # [81, 4]
-    anchors = grid[:, :2].clone().requires_grad_()
-    negative = grid[:, 2].clone().requires_grad_()
-    losses = d2o_loss(anchors, negative, grid[:, 3:].expand(-1, 2), grid[:, 1], 0.1, 0.3)
-    losses.sum().backward()
-    assert losses.dtype == torch.float32 and losses.isfinite().all()
-    assert anchors.grad.isfinite().all() and negative.grad.isfinite().all()
-    empty = torch.empty(0)
-    assert d2o_loss(empty.view(0, 3), empty, empty.view(0, 3), empty, 0.1, 0.1).shape == (0,)
+def test_a_tree_reads_its_prompt_once_and_holds_one_negative_with_its_anchors(tmp_path):
+    trees = make_trees()
+    one = one_negative_per_tree(usable(trees, "negative"))
+    assert [tree.response_ids for tree in one] == [
+        [ids] for tree in trees for ids, z in zip(tree.response_ids, tree.scores) if z == 0]
+    made = make(tmp_path, make_model(), one, num_anchors=3)
+    for number, tree in made.items():
+        assert tree.response_ids[0] == one[number].response_ids[0] and len(tree.response_ids) == 4
+        assert tree.scores == [0, 1, 1, 1] and tree.pairs == [(1, 0), (2, 0), (3, 0)]
+        tokens = len(tree.prompt_ids) + sum(len(ids) - 1 for ids in tree.response_ids)
+        assert len(build_stream([tree]).input_ids) == tokens
 
 
-# ---- reward models ------------------------------------------------------------------------------
+def test_references_are_those_of_the_base_and_do_not_move_while_the_policy_does(tmp_path):
+    # (iii), (iv) Stored beside the ids: log-probs with adapters off, equal before and after
+    # training and in a refresh by the moved policy. The policy's own differ, so h is not 0.
+    model, trees = make_model(), negatives()
+    made = make(tmp_path, model, trees)
 
-def test_reward_model_losses_by_hand():
-    # r = ln 3 apart: σ = 3/4, ln(4/3), and ln 4 the wrong way. σ(ln 3) = 3/4: good ln(4/3), bad
-    # ln 4, z = 1/2 their mean. (1/4 - 3/4)² = 1/4.
-    losses = reward_model_loss(tensor([LN3 + 7, 7.0]), tensor([7.0, LN3 + 7]))
-    assert_close(losses, tensor([math.log(4 / 3), math.log(4)]))
-    losses = pointwise_reward_model_loss(torch.full((3,), LN3), tensor([1.0, 0.0, 0.5]))
-    assert_close(losses, tensor([math.log(4 / 3), math.log(4), math.log(16 / 3) / 2]))
-    assert mse_reward_model_loss(tensor([0.75, 2.0]), tensor([0.25, 0.0])).tolist() == [0.25, 4.0]
+    def check(made, model):
+        for tree in made.values():
+            stream = build_stream([tree])
+            with torch.no_grad():
+                policy_logps = sequence_logps(model, stream)
+                with lora_disabled(model) as reference:
+                    logps = sequence_logps(reference, stream)
+            assert tree.reference_logps == pytest.approx(logps.tolist(), rel=1e-12)
+            assert (policy_logps - logps).abs().max() > 0.01
+
+    check(made, model)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    before = step_loss(model, list(made.values()))
+    assert abs(before - math.log(2)) > 0.001
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        after = step_loss(model, list(made.values()))
+    assert after < before - 0.01
+    check(made, model)
+    check(make(tmp_path, model, trees, 1, refresh=1, batches=[[0], list(range(6))]), model)
 
 
-def test_dpo_is_a_reward_model_whose_reward_is_the_log_ratio():
-    # Eq. 5 is Eq. 2, and Eq. 8 is Eq. 7, with r = beta log π/π_ref: to the last bits.
-    anchor, negative, anchor_reference, reference = random_prompts(5, anchors=1)
-    chosen, rejected = 0.1 * (anchor - anchor_reference)[:, 0], 0.1 * (negative - reference)
-    assert_close(reward_model_loss(chosen, rejected),
-                 dpo_loss(anchor[:, 0], negative, anchor_reference[:, 0], reference, 0.1))
-    scores = tensor([1.0, 0.0, 0.5, 1.0, 0.0, 0.25], dtype=torch.float64)
-    assert torch.equal(pointwise_reward_model_loss(rejected, scores),
-                       pointwise_dpo_loss(negative, reference, scores, 0.1))
+def test_each_reference_is_its_own_adapter_in_its_own_place(tmp_path, tiny_model):
+    # π_r+ under the negative, π_r- under the anchors; both share the policy's base weights, and
+    # training the policy moves neither. A swap, or one for both, changes every number.
+    folders, alone = [], []
+    for seed in (1, 2):
+        model = add_lora(load_llama(tiny_model), r=3 + seed, alpha=8, dropout=0.0)
+        generator = torch.Generator().manual_seed(seed)
+        for p in trainable(model).values():
+            p.data = 0.2 * torch.randn(p.shape, generator=generator)
+        folders.append(str(tmp_path / f"adapter-{seed}"))
+        save_adapter(model, folders[-1], tiny_model)
+        alone.append(load_adapter(load_llama(tiny_model), folders[-1]))
+    policy = load_llama(tiny_model)
+    references = [load_adapter(share_base(policy), folder).requires_grad_(False)
+                  for folder in folders]
+    add_lora(policy, r=4, alpha=8, dropout=0.0)
+    assert all(r.model.embed_tokens.weight.data_ptr() == policy.model.embed_tokens.weight.data_ptr()
+               for r in references)                          # one copy of the weights for all
+    trees = [Tree([1, 300, 301 + n], [[400, 17 + n, EOS]], [0.0], []) for n in range(6)]
+    made = make(tmp_path, policy, trees, compute=Compute(micro_tokens=500),
+                references=tuple(partial(nullcontext, model) for model in references))
+
+    def logps_of(model, wanted):
+        return reference_logps(partial(nullcontext, model), list(made.values()), wanted, False,
+                               Compute())
+
+    plus, minus = (logps_of(model, lambda z: True) for model in alone)
+    expected = [[of_plus[0], *of_minus[1:]] for of_plus, of_minus in zip(plus, minus)]
+    stored = [tree.reference_logps for tree in made.values()]
+    assert_close(torch.tensor(stored), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    assert len({round(x, 2) for row in stored for x in row}) > 12
+    step_loss(policy, list(made.values()))
+    torch.optim.SGD(trainable(policy).values(), lr=1.0).step()
+    assert not any(p.requires_grad for r in references for p in r.parameters())
+    again = logps_of(references[0], lambda z: z == 0)
+    assert_close([row[0] for row in again], [row[0] for row in stored], rtol=1e-5, atol=1e-4)
 
 
-def test_reward_model_gradients_and_extremes():
-    # d/dr: σ(r) - z, 2 (r - z); d/d(chosen) = -σ(-(margin)), d/d(rejected) its negative.
-    rewards = tensor([LN3, LN3, 1e4, -1e4], requires_grad=True)
-    scores = tensor([1.0, 0.0, 0.0, 1.0])
-    pointwise_reward_model_loss(rewards, scores).sum().backward()
-    assert_close(rewards.grad, tensor([-0.25, 0.75, 1.0, -1.0]))
-    rewards.grad = None
-    mse_reward_model_loss(rewards, scores).sum().backward()
-    assert_close(rewards.grad, 2 * (rewards.detach() - scores))
-    chosen, rejected = (tensor(v, requires_grad=True) for v in ([LN3, -1e4], [0.0, 1e4]))
-    losses = reward_model_loss(chosen, rejected)
-    losses.sum().backward()
-    assert losses.isfinite().all()
-    assert_close(torch.stack([chosen.grad, rejected.grad]), tensor([[-0.25, -1.0], [0.25, 1.0]]))
+# ---- the step -----------------------------------------------------------------------------------
+
+def test_one_anchor_that_is_the_chosen_response_is_a_step_of_dpo_to_the_bit():
+    # K = 1, one reference, alpha = beta: the loss to the bit in float32, through two micro-batches
+    # of the same streams; gradients too, since everything before them is the same.
+    trees, results = [Tree(tree.prompt_ids, tree.response_ids[1::-1], [0.0, 1.0], [(1, 0)])
+                      for tree in make_trees() if len(tree.scores) > 1], []
+    compute = Compute(micro_tokens=60)
+    for name in ("d2o", "dpo"):
+        model = make_model(torch.float32)
+        reference = partial(lora_disabled, model)
+        if name == "d2o":                  # packed as the step packs: the same matrix products
+            logps = reference_logps(reference, trees, lambda z: True, False, compute)
+            trees_of = [replace(tree, reference_logps=row) for tree, row in zip(trees, logps)]
+            reference = no_reference(model)
+        else:
+            trees_of = trees
+        totals = backward(model, trees_of, name, reference=reference, beta=0.3, alpha=0.3,
+                          compute=compute)
+        results.append((totals, flat_gradient(model)))
+    (d2o, d2o_grad), (dpo, dpo_grad) = results
+    assert torch.equal(d2o, dpo) and torch.equal(d2o_grad, dpo_grad)
+    assert float(d2o[0]) != pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_step_runs_no_reference(tmp_path):
+    # A reference that is run would raise, and the head sees the policy's rows alone.
+    model = make_model()
+    seen = []
+
+    def spy(policy_hidden, reference_hidden, *rest):
+        seen.append((len(policy_hidden), len(reference_hidden)))
+        return linear_logps(policy_hidden, reference_hidden, *rest)
+
+    made = make(tmp_path, model, negatives())
+    backward(model, list(made.values()), "d2o", reference=no_reference(model), beta=0.3, alpha=0.2,
+             compute=Compute(linear_logps=spy))
+    assert seen == [(sum(len(ids) for tree in made.values() for ids in tree.response_ids), 0)]
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(tmp_path):
+    # A kill may leave any prefix. Whole batches stay, so the rest is sampled in the same batches.
+    model, trees = make_model(torch.float32), negatives()
+    made, file = make(tmp_path, model, trees), tmp_path / "anchors-0.jsonl"
+    whole = file.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1, len(whole)):
+        file.write_bytes(whole[:size])
+        assert make(tmp_path, model, trees) == made
+        assert file.read_bytes() == whole
+
+
+def test_anchors_that_are_gone_or_damaged_are_named_and_never_made_by_a_later_policy(tmp_path):
+    model, trees = make_model(), negatives()
+    make(tmp_path, model, trees)
+    file = tmp_path / "anchors-0.jsonl"
+    lines = file.read_text().splitlines(True)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"anchors-0.jsonl has anchors for 9 trees, not for the"):
+        make(tmp_path, model, trees, step=3)
+    file.write_text("".join([*lines[:2], '{"tree": 1}\n', *lines[3:]]))
+    with pytest.raises(ValueError, match=r"anchors-0.jsonl:3: not anchors: "):
+        make(tmp_path, model, trees, step=3)
+    file.unlink()
+    with pytest.raises(ValueError, match="the policy they were sampled from is gone"):
+        make(tmp_path, model, trees, step=3)
+    assert not file.exists()
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+D2O = ("--method", "d2o", "--num_anchors", "2", "--anchor_tokens", "10", "--refresh_anchors", "5",
+       "--num_train_epochs", "1")
+
+
+def test_a_run_killed_among_anchors_and_among_steps_ends_with_the_same_bytes(tmp_path, tiny_model,
+                                                                             pairs_file):
+    # 15 steps, checkpoints at 3, 6, 9, 12, refreshes at 5 and 10. SIGTERM while the first anchors
+    # are made, a kill among those of step 5 (the newest checkpoint is older), one among steps.
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(tiny_model, pairs_file, whole, *D2O)
+    names = [f"anchors-{step}.jsonl" for step in (0, 5, 10)]
+    assert sorted(path.name for path in whole.glob("anchors-*")) == sorted(names)
+    for name, lines, kind in ((names[0], 1, signal.SIGTERM), (names[1], 1, signal.SIGKILL),
+                              ("metrics.jsonl", 8, signal.SIGKILL)):
+        file, process = broken / name, subprocess.Popen(
+            command(tiny_model, pairs_file, broken, *D2O), cwd=ROOT, env=ONE_THREAD,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        wait_for_lines(process, file, lines)
+        process.send_signal(kind)
+        shown = process.communicate(timeout=60)[0]
+        assert not (broken / "final").exists(), "the run was over before the signal came"
+        if kind == signal.SIGTERM:
+            assert process.returncode == 128 + kind
+            assert shown.endswith("stopped among anchors of step 0, saved; the same "
+                                  "command continues\n")
+            assert 0 < file.stat().st_size < (whole / name).stat().st_size
+    finish(tiny_model, pairs_file, broken, *D2O)
+    assert adapter_hash(whole) == adapter_hash(broken) and logged(whole) == logged(broken)
+    for name in names:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_two_ranks_sample_the_same_anchors_and_log_the_same_numbers(tmp_path, tiny_model,
+                                                                    pairs_file):
+    # The same batches, dealt to two ranks: the ids are equal; after steps the policies differ by
+    # rounding, and with them the log-probs.
+    for ranks in (1, 2):
+        finish(tiny_model, pairs_file, tmp_path / str(ranks), *D2O, "--max_steps", "6", ranks=ranks)
+    one, two = (tmp_path / str(ranks) for ranks in (1, 2))
+    assert (one / "anchors-0.jsonl").read_bytes() == (two / "anchors-0.jsonl").read_bytes()
+    rows = [[json.loads(line) for line in open(out / "anchors-5.jsonl")] for out in (one, two)]
+    assert [row["anchor_ids"] for row in rows[0]] == [row["anchor_ids"] for row in rows[1]]
+    for line, expected in zip(logged(two, "tokens"), logged(one, "tokens"), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4, abs=2e-6)
+
+
+def test_positives_are_ignored_and_all_weights_can_be_trained(tmp_path, tiny_model, pairs_file):
+    # Chosen responses replaced by others: not one number changes. With --lora_r 0 the reference is
+    # a copy that is not trained.
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(json.loads(line) | {"chosen": "never read"}) + "\n"
+                             for line in open(pairs_file)))
+    flags = (*D2O, "--max_steps", "6")
+    shown = finish(tiny_model, pairs_file, tmp_path / "a", *flags)
+    assert "training on 120 prompts, {'responses': 120, 'positive': 0, 'pairs': 0}" in shown
+    finish(tiny_model, other, tmp_path / "b", *flags)
+    assert adapter_hash(tmp_path / "a") == adapter_hash(tmp_path / "b")
+    shown = finish(tiny_model, pairs_file, tmp_path / "full", *flags, "--lora_r", "0",
+                   "--reference_minus", str(tmp_path / "a/final"))
+    assert "a copy that is not" in shown and (tmp_path / "full/final/model.safetensors").exists()
+    first, last = logged(tmp_path / "full")[0], logged(tmp_path / "full")[-1]
+    assert first["rewards/negative"] == pytest.approx(0, abs=1e-4) and last["loss"] < first["loss"]
+    assert abs(first["rewards/positive"]) > 1e-3               # π_r- is not the base

@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 from conftest import ROOT, write_bytes, write_jsonl
 
-from data import (Tokenizer, encode_dialogue, read_dataset, read_rows, split_by_prompt,
-                  split_transcript)
-from trees import make_trees
+from data import read_dataset, read_rows, split_by_prompt, split_transcript
+from packing import make_trees
+from tokenizer import Tokenizer, encode_dialogue
 
 ASK, YES, NO = "\n\nHuman: Why?", "\n\nAssistant: Because.", "\n\nAssistant: No idea."
 ROW = {"prompt": "Why?", "completion": "Because.", "label": True}
@@ -72,10 +72,10 @@ def test_qa_feedback_pairs_wrong_answers_with_their_corrections(shared_data):
     assert counts["empty responses dropped"] == 13
     assert counts["predictions without an error (a positive, no pair)"] == 6
     for row, record in zip(json.loads(file.read_text()), records):
-        said = dict(zip(record.scores, record.responses))
+        responses = dict(zip(record.scores, record.responses))
         right, wrong = row["feedback"]["corrected-prediction"].strip(), row["prediction 1"].strip()
-        assert said.get(1.0, "") == right
-        assert said.get(0.0, right) == wrong
+        assert responses.get(1.0, "") == right
+        assert responses.get(0.0, right) == wrong
 
 
 def test_qa_feedback_prompts_are_those_of_the_demonstrations(shared_data):
@@ -96,7 +96,7 @@ def test_qa_files_without_feedback_are_demonstrations(shared_data):
     records, _ = read(file)
     for row, record in zip(json.loads(file.read_text()), records, strict=True):
         assert record.prompt == (("Human", row["text"]),)
-        assert [said.strip() for said in record.responses] == [a.strip() for a in row["answer"]]
+        assert [text.strip() for text in record.responses] == [a.strip() for a in row["answer"]]
         assert set(record.scores) == {1.0}
 
 
@@ -138,7 +138,8 @@ def test_hh_rows_with_two_prompts_give_two_points_and_no_pair(tmp_path):
         ("Why?", ("Because.",), (1.0,)), ("How?", ("No idea.",), (0.0,))]
 
 
-USER, SAID = [{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "Because."}]
+USER = [{"role": "user", "content": "Why?"}]
+ANSWER = [{"role": "assistant", "content": "Because."}]
 HUMAN = (("Human", "Why?"),)
 SHAPES = {
     "unpaired": (ROW, HUMAN, ("Because.",), (1.0,)),
@@ -149,12 +150,12 @@ SHAPES = {
     "demonstration": ({"prompt": "Why?", "completion": "Because."}, HUMAN, ("Because.",), (1.0,)),
     "pair": ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, HUMAN,
              ("Because.", "No."), (1.0, 0.0)),
-    "lists": ({"prompt": USER, "completion": SAID, "label": True}, HUMAN, ("Because.",), (1.0,)),
-    "list pair": ({"prompt": USER, "chosen": SAID, "rejected": "No."}, HUMAN, ("Because.", "No."),
+    "lists": ({"prompt": USER, "completion": ANSWER, "label": True}, HUMAN, ("Because.",), (1.0,)),
+    "list pair": ({"prompt": USER, "chosen": ANSWER, "rejected": "No."}, HUMAN, ("Because.", "No."),
                   (1.0, 0.0)),
-    "system": ({"prompt": [{"role": "system", "content": "Be kind."}, *USER], "completion": SAID},
+    "system": ({"prompt": [{"role": "system", "content": "Be kind."}, *USER], "completion": ANSWER},
                (("System", "Be kind."), *HUMAN), ("Because.",), (1.0,)),
-    "dialogue": ({"prompt": [*USER, *SAID, *USER], "completion": "So."},
+    "dialogue": ({"prompt": [*USER, *ANSWER, *USER], "completion": "So."},
                  (*HUMAN, ("Assistant", "Because."), *HUMAN), ("So.",), (1.0,)),
     "HH prompt": ({"prompt": ASK + YES + ASK + "\n\nAssistant:", "completion": "So."},
                   (*HUMAN, ("Assistant", "Because."), *HUMAN), ("So.",), (1.0,)),
@@ -198,7 +199,7 @@ def test_line_numbers_count_blank_lines(tmp_path):
 
 
 def test_empty_and_twice_scored_answers_are_left_out_and_counted(tmp_path):
-    # White space is no answer; one text that is both chosen and rejected says nothing.
+    # White space is no answer; one text that is both chosen and rejected teaches nothing.
     rows = [{"prompt": "a", "chosen": " \n", "rejected": "No."},
             {"prompt": "b", "chosen": "No.", "rejected": "No. "}, ROW | {"completion": ""}, ROW]
     records, counts = read(write_jsonl(tmp_path / "rows.jsonl", rows))
@@ -249,7 +250,7 @@ FAULTS = {      # good first row, bad third row, words of the message
                      "tool"),
     "content is a list": (ROW, {"prompt": [{"role": "user", "content": ["a"]}], "completion": "b"},
                           "is not a message"),
-    "prompt ends on assistant": (ROW, {"prompt": [*USER, *SAID], "completion": "b"},
+    "prompt ends on assistant": (ROW, {"prompt": [*USER, *ANSWER], "completion": "b"},
                                  "user message"),
     "completion is from user": (ROW, {"prompt": USER, "completion": USER}, "one assistant message"),
     "HH without marker": (PAIR, PAIR | {"chosen": "Why? Because."}, "Why? Because."),
@@ -296,6 +297,7 @@ DAMAGED[15:18] = b"\xff\xff\xff"                       # inside the deflate stre
 FILES = {      # name, bytes as they lie on disk, words of the message
     "lfs pointer": ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
                     "git-lfs pointer"),
+    "web page": ("a.jsonl", b"<!DOCTYPE html>\n<title>Not found</title>\n", "web page"),
     "not gzip": ("a.jsonl.gz", GOOD, "not a gzip file"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "damaged gzip"),
     "junk after gzip": ("a.jsonl.gz", gzip.compress(GOOD) + b"junk", "damaged gzip"),
@@ -351,7 +353,7 @@ def test_a_prompt_is_on_one_side_of_the_split(tmp_path):
 
 def test_the_command_shows_prompt_response_and_eos(tmp_path, tiny_tokenizer):
     # What a reader runs first; scores, token counts and where each row comes from. In the last row
-    # shown two Assistant turns follow each other: the second is asked for as well.
+    # shown two Assistant turns follow each other: "ASSISTANT:" stands before the second, too.
     twice = {"chosen": ASK + YES + YES, "rejected": ASK + YES + NO}
     path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, PAIR, twice, PAIR, PAIR])
     run = subprocess.run([sys.executable, "data.py", path, "--show", "3", "--tokenizer",

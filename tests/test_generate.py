@@ -1,30 +1,16 @@
-"""Sampling: the cache against recomputing everything, exact distributions, seeds, the commands."""
-import json
+"""Sampling: the cache against recomputing everything, exact distributions, seeds."""
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_VOCAB, save_tiny_model, tree_of, write_jsonl
 from plain import random_weights
 from torch.testing import assert_close
 
-import data
 import generate as generate_file
-from generate import generate, nucleus, row_seeds, sample, stream
+from generate import Sampling, generate, generate_tokens, nucleus, row_seeds, sample
 from kernels import linear_logps
-from lora import (
-    add_lora,
-    load_adapter,
-    lora_disabled,
-    lora_layers,
-    save_adapter,
-    start_from_adapter,
-)
-from model import Llama, LlamaConfig, load_llama
+from lora import add_lora, lora_disabled, lora_layers
+from model import Llama, LlamaConfig
 
 SHAPE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
              num_attention_heads=4, max_position_embeddings=128)
@@ -75,7 +61,7 @@ def test_greedy_equals_recomputing_every_step(config):
 
 
 def test_prompts_of_one_length_and_one_prompt_alone():
-    # Equal lengths: nothing is masked; alone: the stream is one sequence.
+    # Equal lengths: nothing is masked; alone: the prefill is one sequence.
     model = make_model(GQA)
     for lengths in ([5, 5, 5], [7], [1]):
         prompts = make_prompts(lengths)
@@ -84,7 +70,7 @@ def test_prompts_of_one_length_and_one_prompt_alone():
 
 
 def test_prompts_longer_than_one_prefill_stream(monkeypatch):
-    # Groups of at most 16 tokens; the 20-token prompt is a group of its own.
+    # Groups of at most 16 tokens; the prompt of 20 tokens is a group of its own.
     monkeypatch.setattr(generate_file, "PREFILL_TOKENS", 16)
     model, prompts = make_model(GQA), make_prompts([3, 20, 9, 7, 16, 1, 1])
     seen, forward = [], model.forward
@@ -118,8 +104,8 @@ def test_logps_of_the_logits_sampled_from_equal_a_teacher_forced_pass(config, mo
         with torch.no_grad():
             hidden = model(torch.tensor(prompt + ids[:-1]))[len(prompt) - 1:]
         labels = torch.tensor(ids)
-        expected, _ = linear_logps(hidden, hidden[:0], model.lm_head.weight.detach(), labels,
-                                   labels[:0])
+        expected = linear_logps(hidden, hidden[:0], model.lm_head.weight.detach(), labels,
+                                labels[:0]).policy_logps
         assert_close(logps[row].gather(1, labels[:, None])[:, 0], expected, rtol=0, atol=1e-9)
 
 
@@ -130,8 +116,8 @@ def test_lower_precision_stays_near_float64(dtype, atol, monkeypatch):
     monkeypatch.setattr(generate_file, "next_logits",
                         lambda *given: logits.append(original(*given)) or logits[-1])
     for model in (make_model(GQA), make_model(GQA, dtype=dtype)):
-        list(stream(model, prompts, 1, temperature=0))
-        list(stream(model, [p + [5] for p in prompts], 1, temperature=0))
+        generate(model, prompts, 1, temperature=0)
+        generate(model, [p + [5] for p in prompts], 1, temperature=0)
     for exact, rounded in zip(logits[:2], logits[2:]):
         assert (rounded - exact).abs().mean() < atol
 
@@ -139,7 +125,7 @@ def test_lower_precision_stays_near_float64(dtype, atol, monkeypatch):
 # ---- seeds --------------------------------------------------------------------------------------
 
 def test_a_row_depends_on_its_prompt_and_seed_only():
-    # Whole, cut in two, reversed, one by one, and with rows that stop early in its batch.
+    # All at once, in two batches, reversed, one by one, and beside rows that stop early.
     model, prompts = make_model(GQA), make_prompts([1, 30, 7, 7, 19, 3, 12])
     seeds = row_seeds(5, len(prompts))
     rows = generate(model, prompts, 25, temperature=1.5, top_p=0.9, eos_id=4, generator=seeds)
@@ -185,12 +171,12 @@ def test_samples_follow_the_distribution(temperature, top_p):
     # wrong temperature or nucleus gives hundreds.
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, -3.0], dtype=torch.float64)
     probs = (logits / temperature).softmax(0)
-    by_mass, mass, kept = sorted(range(6), key=lambda i: -probs[i]), 0.0, []
-    while mass < top_p and len(kept) < 6:
-        kept.append(by_mass[len(kept)])
-        mass += float(probs[kept[-1]])
+    by_mass, mass, chosen = sorted(range(6), key=lambda i: -probs[i]), 0.0, []
+    while mass < top_p and len(chosen) < 6:
+        chosen.append(by_mass[len(chosen)])
+        mass += float(probs[chosen[-1]])
     truth = torch.zeros(6, dtype=torch.float64)
-    truth[kept] = probs[kept] / probs[kept].sum()
+    truth[chosen] = probs[chosen] / probs[chosen].sum()
     noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = sample(logits.expand(20000, 6), noise, temperature, top_p).bincount(minlength=6)
     statistic, cells = chi_square(counts.double(), truth)
@@ -214,9 +200,9 @@ def test_generated_tokens_follow_the_models_distribution():
 def test_nucleus_by_hand():
     # 0.5 + 0.25 = 0.75: enough for 0.75, one more from 0.76 on; ties keep the lower ids.
     probs = torch.tensor([[0.0625, 0.25, 0.5, 0.125, 0.0625]])
-    for top_p, kept in ((0.1, [2]), (0.5, [2]), (0.51, [1, 2]), (0.75, [1, 2]), (0.76, [1, 2, 3]),
-                        (0.9, [0, 1, 2, 3]), (0.95, [0, 1, 2, 3, 4])):
-        assert nucleus(probs, top_p)[0].nonzero()[:, 0].tolist() == kept, top_p
+    for top_p, chosen in ((0.1, [2]), (0.5, [2]), (0.51, [1, 2]), (0.75, [1, 2]), (0.76, [1, 2, 3]),
+                          (0.9, [0, 1, 2, 3]), (0.95, [0, 1, 2, 3, 4])):
+        assert nucleus(probs, top_p)[0].nonzero()[:, 0].tolist() == chosen, top_p
     flat = torch.full((1, 8), 0.125)
     assert nucleus(flat, 0.3)[0].nonzero()[:, 0].tolist() == [0, 1, 2]
     # rows do not share a border
@@ -264,7 +250,7 @@ def test_no_dropout_no_gradient_and_the_training_mode_comes_back():
     rows = generate(model, prompts, 12, temperature=0, eos_id=None)
     assert rows == generate(model.eval(), prompts, 12, temperature=0, eos_id=None)
     model.train()
-    steps = stream(model, prompts, 12)
+    steps = generate_tokens(model, prompts, Sampling(12))
     next(steps)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     steps.close()                                    # as after Ctrl-C
@@ -274,6 +260,17 @@ def test_no_dropout_no_gradient_and_the_training_mode_comes_back():
 
 def test_no_prompts_no_answers():
     assert generate(make_model(GQA), [], 5) == []
+
+
+def test_every_setting_of_a_sampling_counts():
+    # A setting that gets lost on its way to the tokens gives the tokens of another value.
+    model, prompts = make_model(GQA), make_prompts([9, 2])
+    settings = vars(Sampling(30, 1.5, 0.7, None))
+    rows = generate(model, prompts, **settings, generator=3)
+    changes = dict(max_new_tokens=29, temperature=1.0, top_p=1.0, eos_id=rows[0][5])
+    assert settings.keys() == changes.keys()
+    for name, value in changes.items():
+        assert generate(model, prompts, **settings | {name: value}, generator=3) != rows, name
 
 
 @pytest.mark.parametrize("prompts, options, words", [
@@ -297,218 +294,3 @@ def test_the_last_position_of_the_model_can_be_used():
     model, (prompt,) = make_model(ROPE), make_prompts([120])
     assert generate(model, [prompt], 8, temperature=0, eos_id=None) == [
         from_scratch(model, prompt, 8)]
-
-
-# ---- commands -----------------------------------------------------------------------------------
-
-@pytest.fixture
-def command(monkeypatch, capsys, tiny_model, tmp_path):
-    """command(*flags, stdin=…): run generate.py in this process; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags, stdin=(), model=tiny_model):
-        lines = iter(stdin)
-
-        def reads(prompt=""):
-            print(prompt, end="")
-            try:
-                return next(lines)
-            except StopIteration:
-                raise EOFError from None
-        monkeypatch.setattr("builtins.input", reads)
-        capsys.readouterr()
-        code = 0
-        try:
-            data.run_cli(lambda: generate_file.main(["--model", model, *map(str, flags)]))
-        except SystemExit as left:
-            code = left.code
-        return (code, *capsys.readouterr())
-    return run
-
-
-def expected_text(folder, turns, seed, new, **options):
-    model, tokenizer = load_llama(folder), data.Tokenizer(folder)
-    ids, _ = data.encode_dialogue(tokenizer, turns)
-    return tokenizer.decode(generate(model, [ids], new, generator=seed, **options)[0])
-
-
-def test_prompt_prints_one_answer(command, tiny_model):
-    code, out, _ = command("--prompt", "How do I fix it?", "--max_new_tokens", 30, "--seed", 4,
-                           "--temperature", 1, "--top_p", 0.8)
-    text = expected_text(tiny_model, [("Human", "How do I fix it?")], 4, 30, top_p=0.8)
-    assert (code, out) == (0, text + "\n") and len(text) > 10
-
-
-def test_chat_keeps_the_dialogue(command, tiny_model):
-    code, out, _ = command("--max_new_tokens", 20, "--temperature", 0, stdin=["Hello", " ", "Why?"])
-    first = expected_text(tiny_model, [("Human", "Hello")], 0, 20, temperature=0)
-    turns = [("Human", "Hello"), ("Assistant", first.strip()), ("Human", "Why?")]
-    second = expected_text(tiny_model, turns, 0, 20, temperature=0)
-    assert code == 0 and first.strip()
-    assert out == f"USER: ASSISTANT: {first}\nUSER: USER: ASSISTANT: {second}\nUSER: \n"
-
-
-def test_pieces_are_printed_as_the_whole_text_decodes(tiny_tokenizer, capsys):
-    # The emoji is four byte pieces: one at a time they would print four U+FFFD.
-    tokenizer = data.Tokenizer(tiny_tokenizer)
-    text = "the  red boat 🙂 é\n two"
-    ids = tokenizer.encode(text)
-    assert sum(tokenizer.pieces.is_byte(i) for i in ids) >= 6
-    written = []
-    original, sys.stdout.write = sys.stdout.write, lambda s: written.append(s)
-    try:
-        said = generate_file.speak(tokenizer, ([(0, token)] for token in [*ids, tokenizer.eos_id]))
-    finally:
-        sys.stdout.write = original
-    assert said == text and "".join(written) == text + "\n"
-    assert not any("\ufffd" in piece for piece in written) and len(written) > 10
-    # an answer cut inside a character ends with what decoding gives
-    broken = ids[:next(n for n, i in enumerate(ids) if tokenizer.pieces.is_byte(i)) + 2]
-    capsys.readouterr()
-    assert generate_file.speak(tokenizer, ([(0, i)] for i in broken)) == tokenizer.decode(broken)
-    assert capsys.readouterr().out == tokenizer.decode(broken) + "\n"
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_it(tiny_tokenizer, capsys):
-    tokenizer = data.Tokenizer(tiny_tokenizer)
-    ids = tokenizer.encode("the red boat")
-
-    def interrupted():
-        for token in ids:
-            yield [(0, token)]
-        raise KeyboardInterrupt
-    assert generate_file.speak(tokenizer, interrupted()) == "the red boat"
-    assert capsys.readouterr().out == "the red boat\n"
-
-
-ROWS = [{"prompt": f"{'Please. ' * (n % 5)}How do I fix number {n}?", "completion": "No."}
-        for n in range(11)]
-
-
-def test_dataset_answers_every_record(command, tiny_model, tmp_path):
-    file = write_jsonl(tmp_path / "asked.jsonl", ROWS)
-    flags = ("--dataset", file, "--out", "out.jsonl", "--max_new_tokens", 12, "--batch_size", 4,
-             "--temperature", 1, "--seed", 9)
-    code, out, error = command(*flags)
-    assert (code, out) == (0, "") and "4/11" in error and "11/11" in error and "s left" in error
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["seed"] for row in rows] == row_seeds(9, 11)
-    for asked, row in zip(ROWS, rows):
-        assert row["prompt"] == [{"role": "user", "content": asked["prompt"]}]
-        text = expected_text(tiny_model, [("Human", asked["prompt"])], [row["seed"]], 12)
-        assert row["completion"] == text.strip()
-        assert row["tokens"] <= 12 and (row["tokens"] == 12 or row["ended"])
-    read = data.read_dataset("out.jsonl")            # our own reader takes what we write
-    assert [record.prompt for record in read] == [
-        (("Human", row["prompt"]),) for row, out in zip(ROWS, rows) if out["completion"]]
-
-
-def test_a_cut_file_is_continued_to_the_same_bytes_and_no_other_is_touched(command, tmp_path):
-    file, out = write_jsonl(tmp_path / "asked.jsonl", ROWS), tmp_path / "out.jsonl"
-    flags = ["--dataset", file, "--out", "out.jsonl", "--max_new_tokens", 12, "--batch_size", 4]
-    assert command(*flags)[0] == 0
-    whole = out.read_bytes()
-    ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]
-    for size in (0, 5, ends[2], ends[3], ends[3] + 1, ends[9] - 1, len(whole) - 1, len(whole)):
-        out.write_bytes(whole[:size])
-        code, _, error = command(*flags)
-        assert code == 0 and out.read_bytes() == whole, size
-        # the same batches as before, so the same rounding
-        assert {line.split("/")[0] for line in error.splitlines()} <= {"4", "8", "11"}, error
-    # other flags, another data file, a file of somebody else
-    before = tree_of(tmp_path)
-    code, _, error = command(*flags, "--temperature", 0.1)
-    assert code == 2 and "temperature was 0.7, now 0.1" in error and "--overwrite" in error
-    assert tree_of(tmp_path) == before
-    write_jsonl(file, ROWS[:5])
-    assert "dataset_sha256" in command(*flags)[2]
-    (tmp_path / "mine.txt").write_text("mine")
-    code, _, error = command(*flags[:2], "--out", "mine.txt")
-    assert code == 2 and "mine.txt exists" in error
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-    assert command(*flags, "--overwrite")[0] == 0 and len(out.read_text().splitlines()) == 5
-
-
-def test_a_killed_run_is_continued_to_the_same_bytes(tiny_model, tmp_path):
-    file = write_jsonl(tmp_path / "asked.jsonl", ROWS * 8)
-    flags = ["--model", tiny_model, "--dataset", file, "--max_new_tokens", "40",
-             "--batch_size", "3", "--temperature", "1"]
-    run = [sys.executable, str(ROOT / "generate.py"), *flags, "--out"]
-    out = tmp_path / "out.jsonl"
-    with subprocess.Popen([*run, str(out)], stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (out.exists() and out.stat().st_size):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert 0 < len(out.read_text().splitlines()) < len(ROWS * 8)
-    for name in ("out.jsonl", "other.jsonl"):
-        generate_file.main([*flags, "--out", str(tmp_path / name)])
-    assert out.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
-
-
-def test_adapter_and_reference_flags(command, tiny_model, tmp_path):
-    model = load_llama(tiny_model)
-    save_adapter(make_adapter(model), str(tmp_path / "adapter"))
-    ask = ["--prompt", "How?", "--max_new_tokens", 20, "--temperature", 0]
-    base, adapted = command(*ask)[1], command(*ask, "--adapter", "adapter")[1]
-    assert command(*ask, "--adapter", "adapter", "--reference")[1] == base != adapted
-    with_adapter = load_adapter(load_llama(tiny_model), str(tmp_path / "adapter"))
-    tokenizer = data.Tokenizer(tiny_model)
-    ids, _ = data.encode_dialogue(tokenizer, [("Human", "How?")])
-    assert tokenizer.decode(generate(with_adapter, [ids], 20, temperature=0)[0]) + "\n" == adapted
-
-
-def test_a_long_dialogue_loses_its_beginning(command, tmp_path, tiny_tokenizer):
-    # 200 positions, 20 for the answer: BOS and the last 179 tokens of the prompt are left.
-    folder = save_tiny_model(tmp_path / "short", tiny_tokenizer, max_position_embeddings=200)
-    model, tokenizer = load_llama(folder), data.Tokenizer(folder)
-    ids, _ = data.encode_dialogue(tokenizer, [("Human", "a red boat " * 100)])
-    text = tokenizer.decode(generate(model, [ids[:1] + ids[-179:]], 20, temperature=0)[0])
-    assert command("--prompt", "a red boat " * 100, "--max_new_tokens", 20, "--temperature", 0,
-                   model=folder)[1] == text + "\n"
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--reference", "--prompt", "a"], ["--reference", "--adapter"]),
-    (["--dataset", "a"], ["--dataset", "--out"]),
-    (["--dataset", "a", "--out", "b", "--prompt", "c"], ["--prompt"]),
-    (["--prompt", " "], ["--prompt", "empty"]),
-    (["--prompt", "a", "--top_p", "0"], ["top_p"]),
-    (["--prompt", "a", "--max_new_tokens", "2047"], ["2047", "2048"]),
-    (["--dataset", "a", "--out", "b", "--batch_size", "0"], ["batch_size", "0"]),
-    (["--dataset", "missing", "--out", "b"], ["missing"]),
-    (["--prompt", "a", "--adapter", "missing"], ["missing"])])
-def test_commands_refuse_in_one_sentence_and_write_nothing(command, tmp_path, flags, words):
-    code, out, error = command(*flags)
-    assert code == 2 and not out and error.startswith("error: ") and error.count("\n") == 1
-    assert all(word in error for word in words) and tree_of(tmp_path) == {}
-
-
-def test_a_model_with_more_ids_than_the_tokenizer_is_refused(command, tmp_path, tiny_tokenizer):
-    folder = save_tiny_model(tmp_path / "wide", tiny_tokenizer, vocab_size=TINY_VOCAB + 64)
-    code, _, error = command("--prompt", "a", model=folder)
-    assert code == 2 and str(TINY_VOCAB) in error and str(TINY_VOCAB + 64) in error
-
-
-def test_an_adapter_on_top_of_another_is_generated_with_both(command, tiny_model, tmp_path):
-    # The second adapter alone would speak for a model nobody trained; the reference has the first.
-    folders = []
-    for seed in (1, 2):
-        model = add_lora(load_llama(tiny_model), r=4, alpha=8, dropout=0.0)
-        generator = torch.Generator().manual_seed(seed)
-        for layer in lora_layers(model).values():
-            layer.lora_B.data = 0.3 * torch.randn(layer.lora_B.shape, generator=generator)
-        folders.append(str(tmp_path / f"run{seed}/final"))
-        save_adapter(model, folders[-1], tiny_model)
-    (tmp_path / "run2/args.json").write_text(json.dumps({"sft_adapter": folders[0]}))
-    flags = ("--prompt", "How?", "--temperature", "0", "--max_new_tokens", "20")
-    code, _, error = command(*flags, "--adapter", folders[1])
-    assert code == 2 and f"{folders[1]} was trained on top of {folders[0]}" in error
-    _, both, _ = command(*flags, "--adapter", *folders)
-    _, reference, _ = command(*flags, "--adapter", *folders, "--reference")
-    model = start_from_adapter(load_llama(tiny_model), folders[0])
-    tokenizer = data.Tokenizer(tiny_model)
-    ids, _ = data.encode_dialogue(tokenizer, [("Human", "How?")])
-    assert reference == tokenizer.decode(generate(model, [ids], 20, temperature=0)[0]) + "\n"
-    second = load_adapter(model, folders[1])
-    assert both != reference
-    assert both == tokenizer.decode(generate(second, [ids], 20, temperature=0)[0]) + "\n"

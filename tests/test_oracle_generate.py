@@ -1,20 +1,20 @@
 """Greedy generation against transformers' generate, token for token."""
-import pytest
 import torch
-from test_generate import each_config, make_model, make_prompts
+from conftest import need
+from helpers import each_config, make_llama, random_tokens
 
 from generate import generate
 from model import save_llama
 
-transformers = pytest.importorskip("transformers")
+transformers = need("transformers")
 
 
 @each_config
 def test_greedy_equals_transformers(config, tmp_path):
-    model = make_model(config)
+    model, _ = make_llama(config)
     save_llama(model, str(tmp_path))
     other = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float64)
-    prompts = make_prompts([3, 40, 17, 1, 29])
+    prompts = [random_tokens(length, seed=length) for length in (3, 40, 17, 1, 29)]
     length = max(map(len, prompts))
     padded = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])

@@ -1,16 +1,18 @@
-"""Against transformers' LlamaForCausalLM: the same folders, the same logits, in both directions."""
+"""Against transformers' LlamaForCausalLM: each reads the other's folders, with the same logits."""
 import json
 import os
 
 import pytest
 import torch
-from test_weights import assert_same_model, saved
+from conftest import need
+from helpers_models import assert_same_model, saved
 
-from model import LlamaConfig, load_llama, read_config
+from files.config import LlamaConfig, read_config
+from model import load_llama
 
-transformers = pytest.importorskip("transformers")
+transformers = need("transformers")
 
-SHAPES = {      # of random models; what each adds
+SHAPES = {
     "multi-head": dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
                        num_attention_heads=6),
     "grouped-query": dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -25,7 +27,7 @@ each_size = pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000], ids=["one 
 
 
 def logits_of(model):
-    """Ours, theirs: [T, V], of the same 40 tokens."""
+    """[T, V] of 40 fixed tokens, by our model or by theirs."""
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(50, (40,), generator=generator)
     with torch.no_grad():
@@ -35,8 +37,8 @@ def logits_of(model):
 
 
 def assert_same_logits(ours, theirs):
-    # float32 sums in another order: 1.0e-6 of the largest logit (4 to 22) was the most measured,
-    # 1.6e-5 in all.
+    # float32 sums in another order: the largest difference measured is 1.0e-6 of the largest logit,
+    # which is 4 to 22.
     expected = logits_of(theirs)
     largest = expected.abs().max().item()
     assert largest > 3
@@ -44,7 +46,7 @@ def assert_same_logits(ours, theirs):
 
 
 def their_model(shape):
-    """A random model of theirs, made from their own configuration."""
+    """A random LlamaForCausalLM."""
     shape = dict(shape)
     factor, theta = shape.pop("rope_factor", None), shape.pop("rope_theta", 10000.0)
     rope = {"rope_type": "linear", "factor": factor} if factor else {"rope_type": "default"}
@@ -57,11 +59,11 @@ def their_model(shape):
 @each_size
 @each_shape
 def test_they_read_what_we_save(shape, shard_bytes, tmp_path):
-    # No missing, unexpected or newly initialised tensor on their side, and our logits.
+    # No missing, unexpected or newly initialised tensor, and our logits.
     model, path = saved(tmp_path, LlamaConfig(**shape), max_shard_bytes=shard_bytes)
-    theirs, told = transformers.LlamaForCausalLM.from_pretrained(
+    theirs, report = transformers.LlamaForCausalLM.from_pretrained(
         path, dtype="auto", output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == torch.float32
     assert_same_logits(model, theirs)
 
@@ -105,8 +107,8 @@ def test_we_read_what_transformers_4_saved(shape, shard_bytes, tmp_path):
     assert_same_logits(load_llama(str(tmp_path)), theirs)
 
 
-def test_a_config_that_says_nothing_means_the_same_to_both(tmp_path):
-    # Their defaults, not Llama-2's: 2048 positions, eps 1e-6; a Llama-1 folder relies on them.
+def test_an_empty_config_means_the_same_to_both(tmp_path):
+    # Their defaults, not Llama-2's: 2048 positions, eps 1e-6. Llama-1 folders rely on them.
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     ours, theirs = read_config(str(tmp_path)), transformers.LlamaConfig.from_pretrained(tmp_path)
     assert ours.rope_factor == 1 and theirs.rope_parameters["rope_type"] == "default"
@@ -115,8 +117,8 @@ def test_a_config_that_says_nothing_means_the_same_to_both(tmp_path):
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-def test_a_float16_folder_comes_back_the_same_through_their_hands(tmp_path):
-    # Ours to theirs to ours, to the bit, in the half precision published models have.
+def test_a_float16_folder_that_they_save_again_is_the_same(tmp_path):
+    # To the bit, in the dtype that published models have.
     model, path = saved(tmp_path / "ours", LlamaConfig(**SHAPES["grouped-query"]), torch.float16)
     theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype="auto")
     assert theirs.dtype == torch.float16

@@ -1,34 +1,26 @@
-"""Adapters against PEFT, both ways: what train.py writes it loads in silence, what it writes loads
-here; the same logits to 1e-5. transformers' norms and rotary tables are float32 in any dtype.
+"""Adapters against PEFT: each loads what the other wrote, with the same logits to 1e-5.
+
+PEFT must load without a warning. transformers' norms and rotary tables are float32 in any dtype.
 """
 import json
-import signal
 import warnings
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import need, write_jsonl
+from helpers import make_trees, reward_model_in
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import export
 import train
-from lora import load_adapter, lora_layers
+from lora import add_score_head, load_adapter, lora_layers
 from model import load_llama
+from step import tree_rewards
+from tools import export
 
-peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+peft, transformers = need("peft"), need("transformers")
 
 ROW = torch.tensor([1, 5, 7, 30, 300, 7, 12, 3, 2])
-
-
-@pytest.fixture
-def train_main():
-    """train.main in this process; what it changes for the whole process is put back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield train.main
-    torch.set_flush_denormal(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def our_logits(model):
@@ -45,11 +37,11 @@ def their_base(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def load_in_silence(base, path):
-    """PeftModel.from_pretrained, in which a warning is an error: a wrong key only warns there."""
+def load_strictly(base, path):
+    """PeftModel.from_pretrained with warnings as errors: for a wrong key it only warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # PEFT 0.21 reading an attribute that transformers 5.23 has renamed; nothing of ours
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         return peft.PeftModel.from_pretrained(base, path)
 
@@ -57,18 +49,17 @@ def load_in_silence(base, path):
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"],
                                      ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
                                       "up_proj", "down_proj"]])
-def test_peft_loads_what_training_wrote_without_a_warning(tmp_path, tiny_model, train_main,
-                                                          targets):
-    # Real steps, so that B is not zero and the adapter changes the logits.
+def test_peft_loads_what_training_wrote_without_a_warning(tmp_path, tiny_model, targets):
+    # After real steps B is not zero, so the adapter changes the logits.
     pairs = write_jsonl(tmp_path / "pairs.jsonl",
                         [{"prompt": f"How do I fix {n}?", "chosen": "First ask.",
                           "rejected": "No."} for n in range(16)])
-    train_main(["--method", "dpo", "--model_name_or_path", tiny_model, "--dataset", pairs,
+    train.main(["--method", "dpo", "--model_name_or_path", tiny_model, "--dataset", pairs,
                 "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--batch_size", "4",
                 "--learning_rate", "3e-2", "--lora_r", "3", "--lora_alpha", "7",
                 "--lora_target_modules", *targets])
     final = str(tmp_path / "run/final")
-    theirs = load_in_silence(their_base(tiny_model), final)
+    theirs = load_strictly(their_base(tiny_model), final)
     ours = load_adapter(load_llama(tiny_model), final)
     assert {module.scaling["default"] for module in theirs.modules()
             if isinstance(module, peft.tuners.lora.LoraLayer)} == {7 / 3}
@@ -76,17 +67,17 @@ def test_peft_loads_what_training_wrote_without_a_warning(tmp_path, tiny_model, 
     assert_close(our_logits(ours), their_logits(theirs), rtol=0, atol=1e-5)
 
 
-def test_a_wrong_key_does_warn_so_silence_means_something(tmp_path, tiny_model):
-    # The fault the silence guards against: a prefix too many loads nothing, and PEFT only warns.
+def test_peft_does_warn_of_a_wrong_key(tmp_path, tiny_model):
+    # With one prefix too many nothing is loaded: the test above would notice.
     save_peft_adapter(tiny_model, tmp_path, target_modules=["q_proj"])
     file = tmp_path / "adapter_model.safetensors"
     save_file({"x." + name: t for name, t in load_file(file).items()}, file)
     with pytest.raises(UserWarning, match="missing adapter keys"):
-        load_in_silence(their_base(tiny_model), str(tmp_path))
+        load_strictly(their_base(tiny_model), str(tmp_path))
 
 
 def save_peft_adapter(model, path, **config):
-    """A PEFT model on `model` with random adapters, B too, saved by PEFT."""
+    """A PEFT model on `model` with random A and B, saved by PEFT."""
     torch.manual_seed(0)
     options = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"} | config
     theirs = peft.get_peft_model(their_base(model), peft.LoraConfig(**options))
@@ -107,7 +98,7 @@ def save_peft_adapter(model, path, **config):
     ({}, 4),                                             # PEFT's own targets of a Llama
 ])
 def test_what_peft_wrote_loads_here(tmp_path, tiny_model, options, layers):
-    # Both spellings of target_modules, and layers of a name that have no adapter.
+    # Every kind of target_modules; some select only part of the layers with a name.
     theirs = save_peft_adapter(tiny_model, tmp_path, **options)
     ours = load_adapter(load_llama(tiny_model), str(tmp_path))
     assert len(lora_layers(ours)) == layers
@@ -127,14 +118,14 @@ def test_what_peft_wrote_loads_here(tmp_path, tiny_model, options, layers):
     ({"bias": "lora_only"}, "not bias = 'lora_only'"),
 ])
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, tiny_model, options, words):
-    # Each loads in PEFT and computes something else than W + scaling B A on the targets.
+    # Each loads in PEFT and computes another function than W + scaling B A on the targets.
     save_peft_adapter(tiny_model, tmp_path, **({"target_modules": ["q_proj"]} | options))
     with pytest.raises(ValueError, match=words):
         load_adapter(load_llama(tiny_model), str(tmp_path))
 
 
 def test_every_key_peft_writes_is_known(tmp_path, tiny_model):
-    # A key of a later PEFT that is off by default is off here too; this fails where it is not.
+    # Keys of a later PEFT are accepted if they are off by default; this fails if one is not.
     save_peft_adapter(tiny_model, tmp_path, target_modules=["q_proj"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert len(config) > 30 and config["peft_version"]
@@ -143,7 +134,7 @@ def test_every_key_peft_writes_is_known(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_loads_what_export_wrote(tmp_path, tiny_model, dtype):
-    # float32: the logits PEFT computes with the adapter. bfloat16: the weights of PEFT's own merge.
+    # float32: the logits of PEFT with the adapter. Both dtypes: the weights that PEFT merges.
     theirs = save_peft_adapter(tiny_model, tmp_path / "adapter", target_modules="all-linear")
     export.main(["--model", tiny_model, "--adapter", str(tmp_path / "adapter"), "--out",
                  str(tmp_path / "out"), "--dtype", dtype])
@@ -154,6 +145,24 @@ def test_transformers_loads_what_export_wrote(tmp_path, tiny_model, dtype):
         assert_close(their_logits(merged), their_logits(theirs), rtol=0, atol=1e-5)
     for name, weight in theirs.merge_and_unload().named_parameters():
         weight = weight.bfloat16().float() if dtype == "bfloat16" else weight
-        # ours rounds the base before the update is added too: a unit in the last place
+        # ours rounds the base before the update is added, too: one unit in the last place
         rtol, atol = (2 ** -7, 2 ** -11) if dtype == "bfloat16" else (1e-5, 1e-6)
         assert_close(merged.get_parameter(name).float(), weight, rtol=rtol, atol=atol)
+
+
+def test_transformers_gives_a_reward_models_rewards_and_we_load_what_peft_saved(tmp_path,
+                                                                                tiny_model):
+    # The logit of LlamaForSequenceClassification is at the last token too. One row at a time: it
+    # takes no batches without a pad token.
+    model, trees = reward_model_in(tmp_path / "ours", tiny_model), make_trees()
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_model, num_labels=1, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
+    rows = [tree.prompt_ids + ids for tree in trees for ids in tree.response_ids]
+    with torch.no_grad():
+        expected = torch.stack([theirs(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+    assert expected.std() > 0.01
+    assert_close(tree_rewards(model, trees), expected, rtol=1e-5, atol=1e-6)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = load_adapter(add_score_head(load_llama(tiny_model)), str(tmp_path / "theirs"))
+    assert_close(tree_rewards(again, trees), expected, rtol=1e-5, atol=1e-6)

@@ -1,15 +1,17 @@
 """Token ids of whole dialogues against transformers' LlamaTokenizer, for real and strange text."""
 import pytest
 import sentencepiece
+from conftest import need
 from test_tokenizer import STRANGE
 
-from data import Tokenizer, encode_dialogue, read_hh, render_dialogue
+from data import read_hh
+from tokenizer import Tokenizer, encode_dialogue, render_dialogue
 
-transformers = pytest.importorskip("transformers")
+transformers = need("transformers")
 
 
 def llama_tokenizer_of(file, legacy):
-    """transformers' tokenizer of a tokenizer.model, without the protobuf package it reads it by."""
+    """transformers' tokenizer of a tokenizer.model; its own reader needs the package protobuf."""
     from transformers.convert_slow_tokenizer import generate_merges
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -20,13 +22,13 @@ def llama_tokenizer_of(file, legacy):
 
 
 def ids_at_once(theirs, turns) -> list[int]:
-    """The whole of FastChat's text in one call; </s> is text that becomes an id there."""
+    """Ids of FastChat's text, encoded in one call, "</s>" included."""
     return theirs("</s>".join(render_dialogue(turns))).input_ids
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_strange_text_has_transformers_ids(tiny_tokenizer, legacy):
-    # Theirs knows no difference between an end of turn and "</s>" typed by a user: left out.
+    # Theirs does not tell the end of a turn from "</s>" in a user's text: such texts are left out.
     ours, theirs = Tokenizer(tiny_tokenizer, legacy), llama_tokenizer_of(tiny_tokenizer, legacy)
     assert ids_at_once(theirs, [("Human", "</s>")]).count(2) == 1
     for text in STRANGE:
@@ -49,4 +51,4 @@ def test_hh_dialogues_have_transformers_ids(shared_data, hh_file, legacy):
         prompt_ids, response_ids = encode_dialogue(ours, turns)
         assert prompt_ids + response_ids == ids_at_once(theirs, turns), record.where
         several += len(turns) > 2
-    assert several > 50                                  # or legacy would make no difference
+    assert several > 50                                  # in one turn `legacy` changes nothing

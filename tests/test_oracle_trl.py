@@ -6,13 +6,16 @@ import random
 
 import pytest
 import torch
-from conftest import save_tiny_model, write_jsonl
+from conftest import need, save_tiny_model, write_jsonl
 
 import train
 from lora import save_adapter
+from step import METHODS
+from training.ranks import Ranks
+from training.setup import set_up
 
-trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+trl, peft = need("trl"), need("peft")
+datasets, transformers = need("datasets"), need("transformers")
 
 STEPS, PAIRS, RATE = 20, 4, 1e-2                 # PAIRS of them in each step
 
@@ -33,12 +36,12 @@ def ours(folder, tiny_tokenizer, *flags):
             "--output_dir", str(folder / "run"), "--learning_rate", str(RATE), "--logging_steps",
             "1", "--lora_r", "4", "--lora_alpha", "16", "--lora_dropout", "0",
             "--lora_target_modules", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", *flags]
-    start, _, _, trees, batches, _ = train.prepare(train.parse_args(argv), 0, "cpu")
-    assert [len(batch) for batch in batches] == [PAIRS] * STEPS
-    save_adapter(start, str(folder / "adapter"))
+    start = set_up(train.parse_args(argv), METHODS, Ranks(), torch.device("cpu"))
+    assert [len(batch) for batch in start.batches] == [PAIRS] * STEPS
+    save_adapter(start.model, str(folder / "adapter"))
     train.main(argv)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return lines, [trees[i] for batch in batches for i in batch], model
+    return lines, [start.trees[i] for batch in start.batches for i in batch], model
 
 
 def theirs(trainer_class, config, rows, model, folder):

@@ -1,4 +1,4 @@
-"""Training from an SFT adapter: the reference is base + SFT, exactly, wherever it is asked for."""
+"""Training from an SFT adapter: the reference is base + SFT, exactly, wherever it is used."""
 import json
 import math
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import write_jsonl
 
-import eval as evaluate
-import export
 import train
 from lora import add_lora, lora_layers, save_adapter, start_from_adapter
 from model import load_llama
+from tools import export
+from training.checkpoint import load_run
 
 ROW = [1, 5, 7, 30, 300, 7, 12, 3, 2]
 PAIRS = [{"prompt": f"How do I fix {n}?", "chosen": "First ask.", "rejected": "No."}
@@ -59,10 +59,10 @@ def test_the_first_loss_is_log_2_and_the_reference_is_base_plus_sft(tmp_path, ti
     assert f"reference: {tiny_model} + {sft} (" in shown
     assert json.load(open(out + "/args.json"))["reference"].startswith(f"{tiny_model} + {sft} (")
 
-    policy, reference_of, _ = evaluate.load_run(out)
-    policy_logits = logits(policy)
-    with reference_of() as frozen:
-        reference_logits = logits(frozen)
+    finished = load_run(out)
+    policy, policy_logits = finished.model, logits(finished.model)
+    with finished.reference() as reference:
+        reference_logits = logits(reference)
     dtype = policy.lm_head.weight.dtype
     start = start_from_adapter(load_llama(tiny_model, dtype), sft, merge="0" in flags)
     assert torch.equal(reference_logits, logits(start))
@@ -71,7 +71,7 @@ def test_the_first_loss_is_log_2_and_the_reference_is_base_plus_sft(tmp_path, ti
 
 
 def test_in_bfloat16_the_sft_adapter_loses_nothing(tiny_model, tmp_path):
-    # An update of 1e-8, below bfloat16's resolution of W: merged it would vanish, apart it counts.
+    # An update of 1e-8, below bfloat16's resolution of W: merged it vanishes, beside W it counts.
     model = add_lora(load_llama(tiny_model, torch.bfloat16), 1, 1, 0.0, ["v_proj"])
     for layer in lora_layers(model).values():
         layer.lora_A.data.fill_(1e-2)
@@ -96,8 +96,8 @@ def test_export_merges_both_and_refuses_the_second_alone(tmp_path, tiny_model, s
         with pytest.raises(ValueError, match=f"pass --adapter {sft} {final}"):
             export.main(["--model", tiny_model, "--adapter", *adapters, "--out", merged])
     export.main(["--model", tiny_model, "--adapter", sft, final, "--out", merged])
-    policy, *_ = evaluate.load_run(out)
-    torch.testing.assert_close(logits(load_llama(merged)), logits(policy), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(load_llama(merged)), logits(load_run(out).model), rtol=0,
+                               atol=1e-5)
     config = json.load(open(final + "/adapter_config.json"))
     assert config["base_model_name_or_path"] == f"{tiny_model} + {sft}"      # on purpose no path
 
@@ -105,7 +105,8 @@ def test_export_merges_both_and_refuses_the_second_alone(tmp_path, tiny_model, s
 def test_chains_and_an_adapter_in_the_output_folder_are_refused(tmp_path, sft, run):
     # A third adapter on two; --overwrite_output_dir would delete the adapter it starts from.
     final = run("run") + "/final"
-    with pytest.raises(ValueError, match=f"is itself on top of {sft}; merge both with export.py"):
+    with pytest.raises(ValueError, match=f"is itself on top of {sft}; merge both with python -m "
+                                         "tools.export"):
         run("next", "--sft_adapter", final)
     with pytest.raises(ValueError, match="lies in --output_dir"):
         run(".", "--overwrite_output_dir")

@@ -1,162 +1,106 @@
 """Packing, prompt sharing, micro-batches and ranks leave loss and gradient as they are."""
 import json
-import os
-import subprocess
-import sys
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import anchored, backward, flat_gradient, make_model, make_trees, run_ranks, usable
+from plain import plain_hidden, plain_logps
 
 from kernels import linear_logps
-from lora import add_lora, lora_disabled, lora_layers
-from model import Llama, LlamaConfig
-from reward import add_score_head
-from step import METHODS, adapters_off, backward_batch, batch_counts, scored_hidden
-from train import trainable
-from trees import Tree, build_stream, shard
+from lora import lora_disabled, lora_layers
+from model import Llama
+from packing import Tree, build_stream, shard
+from step import (METHODS, METRICS, Compute, micro_batches, reference_logps, scored_hidden,
+                  sequence_logps, token_logps)
+from train import Log
+from training.checkpoint import trainable
+from ulma import response_logps
 
-ROOT = Path(__file__).parents[1]
-
-
-def make_model(dtype=torch.float64, seed=0, score_head=False):
-    torch.manual_seed(seed)
-    model = Llama(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48,
-                              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
-    add_lora(model, r=4, alpha=8, dropout=0.0)
-    if score_head:
-        add_score_head(model)
-    for name, p in trainable(model).items():          # 0 would hide the log-ratio and the reward
-        if name.endswith("lora_B") or name == "score.weight":
-            torch.nn.init.normal_(p, std=0.05)
-    return model.to(dtype)
+SETTINGS = dict(beta=0.3, log_z=0.2, alpha=0.7)
 
 
-def make_trees(count=11, seed=1):
-    """Uneven trees: 1 to 3 responses, some of a single token, scores of every kind."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        size = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, 97, (size,), generator=generator).tolist()
-
-    trees = []
-    for number in range(count):
-        responses = [ids(0, 9) + [2] for _ in range(1 + number % 3)]
-        scores = ([1.0, 0.0, 1.0] if number % 2 else [0.0, 1.0, 0.25])[:len(responses)]
-        pairs = [(i, j) for i in range(len(scores)) for j in range(len(scores))
-                 if scores[i] > scores[j]]
-        trees.append(Tree([1] + ids(1, 12), responses, scores, pairs))
-    return trees
-
-
-def anchored(trees):
-    """Trees [negative, two anchors] for every response, with reference_logps from anywhere."""
-    generator = torch.Generator().manual_seed(3)
-    trees = [Tree(tree.prompt_ids, [ids, ids[::-1], [5, 7] + ids], [0.0, 1.0, 1.0],
-                  [(1, 0), (2, 0)]) for tree in trees for ids in tree.response_ids]
-    return [replace(tree, reference_logps=(-9 * torch.rand(3, generator=generator)).tolist())
-            for tree in trees]
-
-
-def usable(trees, uses):
-    """The trees reduced to the responses a method trains on (as make_trees does for records)."""
-    if uses == "anchors":
-        return anchored(trees)
-    out = []
-    for tree in trees:
-        keep = [i for i, z in enumerate(tree.scores)
-                if uses == "all" or {"positive": 1, "negative": 0}.get(uses) == z
-                or (uses == "pairs" and any(i in pair for pair in tree.pairs))]
-        if keep:
-            new = {old: n for n, old in enumerate(keep)}
-            out.append(Tree(tree.prompt_ids, [tree.response_ids[i] for i in keep],
-                            [tree.scores[i] for i in keep],
-                            [(new[i], new[j]) for i, j in tree.pairs if i in new and j in new]))
-    return out
-
-
-def gradient(trees, name, shares=None, micro_tokens=8192, reduction="mean", mean_logps=False,
-             dtype=torch.float64, linear_logps=linear_logps):
+def gradient(trees, name, shares=None, dtype=torch.float64, **settings):
     """(loss, flat gradient) of one batch, its trees dealt to `shares` ranks played in turn."""
-    model, method = make_model(dtype, score_head=METHODS[name].p == "rewards"), METHODS[name]
-    if name == "d2o":
-        method = replace(method, loss=partial(method.loss, alpha=0.7))
-    loss = 0.0
+    model, loss = make_model(dtype, score_head=METHODS[name].reward_model), 0.0
     for share in shares or [trees]:
-        total = backward_batch(model, partial(adapters_off, model), method, share,
-                               batch_counts(trees), beta=0.3, log_z=0.2, mean_logps=mean_logps,
-                               reduction=reduction, micro_tokens=micro_tokens,
-                               linear_logps=linear_logps)
-        loss += float(total[0])
-    return loss, torch.cat([p.grad.flatten() for p in trainable(model).values()])
+        totals = backward(model, share, name, batch=trees, **(SETTINGS | settings))
+        loss += float(totals[0])
+    return loss, flat_gradient(model)
+
+
+# ---- the same in the plain way ------------------------------------------------------------------
+
+def plain_pair_losses(name, trees, policy, reference):
+    """Of "dpo" and "reward_model": [P]."""
+    pairs, first = [], 0
+    for tree in trees:
+        pairs += [(first + i, first + j) for i, j in tree.pairs]
+        first += len(tree.scores)
+    i, j = torch.tensor(pairs).T
+    margins = policy[i] - policy[j]
+    if name == "dpo":
+        margins = 0.3 * (margins - reference[i] + reference[j])
+    return -torch.log(torch.sigmoid(margins))
+
+
+def plain_losses(name, trees, policy, reference):
+    """The losses written out again, with σ and log: [R], or one per pair or tree."""
+    if METHODS[name].trains_on == "pairs":
+        return plain_pair_losses(name, trees, policy, reference)
+    sigmoid = torch.sigmoid
+    if name == "d2o":
+        rho = policy - torch.tensor(sum((tree.reference_logps for tree in trees), []))
+        return -torch.log(sigmoid(0.3 / 2 * (rho[1::3] + rho[2::3]) - 0.7 * rho[::3]))
+    z = torch.tensor(sum((tree.scores for tree in trees), []), dtype=torch.float64)
+    h = 0.3 * (policy - reference) + 0.2
+    return {
+        "sft": -policy, "unlearning": policy, "unlikelihood": (1 - 2 * z) * policy,
+        "pointwise_dpo": -z * torch.log(sigmoid(h)) - (1 - z) * torch.log(1 - sigmoid(h)),
+        "pointwise_mse": (z - h) ** 2,
+        "ulma": -z * policy - (1 - z) * torch.log(1 - sigmoid(h)),
+        "ulma_mse": (z - h) ** 2 - (z == 1) * policy,
+        "positive_dpo": -torch.log(sigmoid(h)), "negative_dpo": -torch.log(1 - sigmoid(h)),
+        "pointwise_reward_model": (-z * torch.log(sigmoid(policy))
+                                   - (1 - z) * torch.log(1 - sigmoid(policy))),
+        "mse_reward_model": (z - policy) ** 2,
+    }[name]
 
 
 def plain_gradient(trees, name, reduction, mean_logps):
-    """The same by tests/plain.py: padded rows, one per response, losses written out again here."""
-    from plain import plain_hidden, plain_logps
-    model = make_model(score_head=METHODS[name].p == "rewards")
+    """(loss, flat gradient) by tests/plain.py: padded rows, one per response, and autograd."""
+    model = make_model(score_head=METHODS[name].reward_model)
     config = model.config
     weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    adapters = {key: value.requires_grad_() for key, value in weights.items()
-                if key in trainable(model)}
-    base = {key: value for key, value in weights.items() if key not in adapters}
-    rows = [(tree.prompt_ids, ids, z) for tree in trees
-            for ids, z in zip(tree.response_ids, tree.scores)]
-    examples = [(prompt_ids, ids) for prompt_ids, ids, _ in rows]
-    policy = plain_logps(base | adapters, config, examples, scaling=2.0)
-    frozen = plain_logps(base, config, examples).detach()
-    if METHODS[name].p == "rewards":                  # at the last token, wherever a row ends
-        hidden = plain_hidden(base | adapters, config, [p + y for p, y in examples], scaling=2.0)
+    trained = {key: weights[key].requires_grad_() for key in trainable(model)}
+    base = {key: value for key, value in weights.items() if key not in trained}
+    examples = [(tree.prompt_ids, ids) for tree in trees for ids in tree.response_ids]
+    policy = plain_logps(base | trained, config, examples, scaling=2.0)
+    reference = plain_logps(base, config, examples).detach()
+    if METHODS[name].reward_model:                    # at the last token, wherever a row ends
+        hidden = plain_hidden(base | trained, config, [p + y for p, y in examples], scaling=2.0)
         last = torch.stack([row[len(p + y) - 1] for row, (p, y) in zip(hidden, examples)])
-        policy = last @ adapters["score.weight"][0]
+        policy = last @ trained["score.weight"][0]
     if mean_logps:
         lengths = torch.tensor([len(ids) for _, ids in examples], dtype=torch.float64)
-        policy, frozen = policy / lengths, frozen / lengths
-    z = torch.tensor([row[2] for row in rows], dtype=torch.float64)
-    sigmoid = torch.sigmoid
-    if METHODS[name].uses == "pairs":
-        pairs, first = [], 0
-        for tree in trees:
-            pairs += [(first + i, first + j) for i, j in tree.pairs]
-            first += len(tree.scores)
-        i, j = torch.tensor(pairs).T
-        margins = policy[i] - policy[j]
-        if name == "dpo":
-            margins = 0.3 * (margins - frozen[i] + frozen[j])
-        loss = -torch.log(sigmoid(margins)).mean()
-    elif name == "d2o":
-        rho = policy - torch.tensor(sum((tree.reference_logps for tree in trees), []))
-        loss = -torch.log(sigmoid(0.3 / 2 * (rho[1::3] + rho[2::3]) - 0.7 * rho[::3])).mean()
+        policy, reference = policy / lengths, reference / lengths
+    losses = plain_losses(name, trees, policy, reference)
+    if reduction == "mean":
+        loss = losses.mean()
     else:
-        h = 0.3 * (policy - frozen) + 0.2
-        losses = {
-            "sft": -policy, "unlearning": policy, "unlikelihood": (1 - 2 * z) * policy,
-            "pointwise_dpo": -z * torch.log(sigmoid(h)) - (1 - z) * torch.log(1 - sigmoid(h)),
-            "pointwise_mse": (z - h) ** 2,
-            "ulma": -z * policy - (1 - z) * torch.log(1 - sigmoid(h)),
-            "ulma_mse": (z - h) ** 2 - (z == 1) * policy,
-            "positive_dpo": -torch.log(sigmoid(h)), "negative_dpo": -torch.log(1 - sigmoid(h)),
-            "pointwise_reward_model": (-z * torch.log(sigmoid(policy))
-                                       - (1 - z) * torch.log(1 - sigmoid(policy))),
-            "mse_reward_model": (z - policy) ** 2,
-        }[name]
-        if reduction == "mean":
-            loss = losses.mean()
-        else:
-            loss = sum(losses[mask].mean() for mask in (z == 1, z != 1) if mask.any())
+        good = torch.tensor(sum((tree.scores for tree in trees), [])) == 1
+        loss = sum(losses[mask].mean() for mask in (good, ~good) if mask.any())
     loss.backward()
-    order = [key for key in trainable(model)]
-    return float(loss.detach()), torch.cat([adapters[key].grad.flatten() for key in order])
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in trained.values()])
 
+
+# ---- loss and gradient --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_equals_the_plain_padded_implementation(name):
     # No padding, shared prompts, response-only head, gradient formed in the forward: all at once
     # against one padded row per response, full logits and autograd.
-    trees = usable(make_trees(), METHODS[name].uses)
+    trees = usable(make_trees(), METHODS[name].trains_on)
     loss, grad = gradient(trees, name)
     plain_loss, plain_grad = plain_gradient(trees, name, "mean", False)
     assert loss == pytest.approx(plain_loss, rel=1e-9)
@@ -167,7 +111,8 @@ def test_every_method_equals_the_plain_padded_implementation(name):
 def test_the_authors_reductions_equal_the_plain_implementation(name):
     # --logp_reduction mean --reduction class, with class counts of the whole batch
     trees = make_trees()
-    loss, grad = gradient(trees, name, reduction="class", mean_logps=True, micro_tokens=30)
+    loss, grad = gradient(trees, name, reduction="class", mean_logps=True,
+                          compute=Compute(micro_tokens=30))
     plain_loss, plain_grad = plain_gradient(trees, name, "class", True)
     assert loss == pytest.approx(plain_loss, rel=1e-9)
     torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-9)
@@ -177,13 +122,14 @@ def test_the_authors_reductions_equal_the_plain_implementation(name):
                                   "mse_reward_model"])
 @pytest.mark.parametrize("reduction", ["mean", "class"])
 def test_packing_micro_batches_and_sharing_change_nothing(name, reduction):
-    trees = usable(make_trees(), METHODS[name].uses)
+    trees = usable(make_trees(), METHODS[name].trains_on)
     loss, grad = gradient(trees, name, reduction=reduction)
-    split = trees if METHODS[name].uses in ("pairs", "anchors") else [
+    split = trees if METHODS[name].trains_on in ("pairs", "anchors") else [
         Tree(tree.prompt_ids, [ids], [z], [])
         for tree in trees for ids, z in zip(tree.response_ids, tree.scores)]
     for other, micro_tokens in ((trees, 1), (trees, 40), (trees[::-1], 8192), (split, 50)):
-        other_loss, other_grad = gradient(other, name, None, micro_tokens, reduction)
+        other_loss, other_grad = gradient(other, name, reduction=reduction,
+                                          compute=Compute(micro_tokens=micro_tokens))
         assert other_loss == pytest.approx(loss, rel=1e-9)
         torch.testing.assert_close(other_grad, grad, rtol=1e-9, atol=1e-9)
 
@@ -191,7 +137,7 @@ def test_packing_micro_batches_and_sharing_change_nothing(name, reduction):
 def test_float32_agrees_to_1e5_relative():
     trees = make_trees()
     loss, grad = gradient(trees, "ulma")
-    loss32, grad32 = gradient(trees, "ulma", micro_tokens=40, dtype=torch.float32)
+    loss32, grad32 = gradient(trees, "ulma", compute=Compute(micro_tokens=40), dtype=torch.float32)
     assert loss32 == pytest.approx(loss, rel=1e-5)
     assert (grad32.double() - grad).norm() < 1e-5 * grad.norm()
 
@@ -207,49 +153,34 @@ def test_shares_of_ranks_sum_to_the_whole_batch(world_size):
     torch.testing.assert_close(other_grad, grad, rtol=1e-9, atol=1e-9)
 
 
-RANK_SCRIPT = """
-import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
-from functools import partial
-from test_step import *
-from loop import all_reduce_sum_, set_up_processes
-import torch.distributed as dist
-rank, world_size, _ = set_up_processes()
+def test_gloo_ranks_with_skewed_classes_give_the_gradient_of_one_process(tmp_path):
+    # Per-rank class means would be off by tens of percent here; rank 2 of 3 has no tree at all.
+    names = ("ulma", "reward_model", "pointwise_reward_model")
+    run_ranks(tmp_path, f"""
+from training.ranks import all_reduce_gradients_
 found = []
 for name in {names!r}:
     method = METHODS[name]
-    trees, model = usable(make_trees(), method.uses), make_model(score_head=method.p == "rewards")
+    model = make_model(score_head=method.reward_model)
+    trees = usable(make_trees(), method.trains_on)
     # skewed on purpose: rank 0 gets every tree that has a negative first
     shares = [[t for t in trees if t.scores[0] == 0], [t for t in trees if t.scores[0] != 0], []]
-    total = backward_batch(model, partial(adapters_off, model), method, shares[rank],
-                           batch_counts(trees), beta=0.3, log_z=0.2,
-                           mean_logps=False, reduction="class", micro_tokens=40)
-    parameters = list(trainable(model).values())
-    total = all_reduce_sum_(parameters, total)
-    found.append((total, torch.cat([p.grad.flatten() for p in parameters])))
+    totals = backward(model, shares[rank], name, batch=trees, beta=0.3, log_z=0.2,
+                      reduction="class", compute=Compute(micro_tokens=40))
+    totals = all_reduce_gradients_(list(trainable(model).values()), totals)
+    found.append((totals, flat_gradient(model)))
 if rank == 0:
-    torch.save(found, {out!r})
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_gloo_ranks_with_skewed_classes_give_the_gradient_of_one_process(tmp_path):
-    # Per-rank class means would be off by tens of percent here; rank 2 of 3 has no tree at all.
-    script, out = tmp_path / "ranks.py", str(tmp_path / "out.pt")
-    names = ("ulma", "reward_model", "pointwise_reward_model")
-    script.write_text(RANK_SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), out=out,
-                                         names=names))
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=3", str(script)], cwd=tmp_path,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                         text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    for name, (total, grad) in zip(names, torch.load(out, weights_only=True), strict=True):
-        loss, expected = gradient(usable(make_trees(), METHODS[name].uses), name, reduction="class")
-        assert float(total[0]) == pytest.approx(loss, rel=1e-9)
+    torch.save(found, {str(tmp_path / "out.pt")!r})
+""", ranks=3)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name, (totals, grad) in zip(names, found, strict=True):
+        loss, expected = gradient(usable(make_trees(), METHODS[name].trains_on), name,
+                                  reduction="class")
+        assert float(totals[0]) == pytest.approx(loss, rel=1e-9)
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9)
 
+
+# ---- the reference ------------------------------------------------------------------------------
 
 def test_no_gradient_reaches_the_reference_and_ulma_runs_it_on_negatives_only():
     # Count the rows the head sees: policy rows of all responses, reference rows of z < 1 only.
@@ -260,16 +191,56 @@ def test_no_gradient_reaches_the_reference_and_ulma_runs_it_on_negatives_only():
         return linear_logps(policy_hidden, reference_hidden, *rest)
 
     trees = make_trees()
-    gradient(trees, "ulma", linear_logps=spy)
+    gradient(trees, "ulma", compute=Compute(linear_logps=spy))
     count = [(len(ids), z) for tree in trees for ids, z in zip(tree.response_ids, tree.scores)]
     assert seen == [(sum(n for n, _ in count), sum(n for n, z in count if z < 1), False)]
 
 
-def test_gradient_checkpointing_keeps_every_bit_and_little_memory():
+def test_log_probs_of_one_model_are_those_of_the_plain_implementation():
+    # Policy and reference apart, as eval.py and the reference cache ask for them; 0 where a
+    # response is not wanted.
+    model, trees = make_model(), make_trees()
+    examples = [(tree.prompt_ids, ids) for tree in trees for ids in tree.response_ids]
+    expected = plain_logps(model.state_dict(), model.config, examples).detach()
+    scores, stream = sum((tree.scores for tree in trees), []), build_stream(trees)
+    with torch.no_grad(), lora_disabled(model) as reference:
+        per_token = token_logps(reference, stream)
+        assert per_token.shape == stream.labels.shape
+        torch.testing.assert_close(response_logps(per_token, stream.response_ids, len(scores)),
+                                   expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sequence_logps(reference, stream), expected, rtol=1e-9,
+                                   atol=1e-9)
+    logps = reference_logps(partial(lora_disabled, model), trees, lambda score: score < 1, True,
+                            Compute(micro_tokens=40))
+    assert [len(row) for row in logps] == [len(tree.scores) for tree in trees]
+    lengths = torch.tensor([len(ids) for _, ids in examples], dtype=torch.float64)
+    expected = torch.where(torch.tensor(scores) < 1, expected / lengths, 0.0)
+    torch.testing.assert_close(torch.tensor(sum(logps, []), dtype=torch.float64), expected,
+                               rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ulma", "dpo", "sft"])
+def test_every_rank_of_a_sharded_model_runs_as_many_passes(name):
+    # Policy passes and reference passes both, whatever a rank's share is: none, or good responses
+    # alone. What is only there to keep step has no label and no loss.
+    trees = usable(make_trees(), METHODS[name].trains_on)
+    good = [tree for tree in trees if min(tree.scores) == 1]
+    for share in ([], good, trees):
+        streams = list(micro_batches(share, METHODS[name], Compute(micro_tokens=60), passes=9))
+        assert len(streams) == 9
+        assert all(len(stream.input_ids) for stream, _ in streams)
+        assert [len(reference.input_ids) > 0 for _, reference in streams] == [name != "sft"] * 9
+        assert sum(len(stream.scores) for stream, _ in streams) == sum(
+            len(tree.scores) for tree in share)
+
+
+# ---- memory and waiting -------------------------------------------------------------------------
+
+def test_gradient_checkpointing_changes_no_bit_and_saves_memory():
     # Each layer runs again in the backward, with the dropout masks it drew first. Frozen embeddings
     # must not cut the graph: the reentrant form would give no adapter of the first layers a
-    # gradient. Kept between the passes: a layer's input, not its some twenty intermediate tensors.
-    grads, kept = [], []
+    # gradient. Saved for the backward: a layer's input, not its some twenty intermediate tensors.
+    grads, saved = [], []
     for checkpointing in (False, True):
         model = make_model()
         model.gradient_checkpointing = checkpointing
@@ -277,21 +248,21 @@ def test_gradient_checkpointing_keeps_every_bit_and_little_memory():
             layer.dropout = 0.3
         torch.manual_seed(5)
         stream, sizes = build_stream(make_trees()), {}
-        frozen = {p.untyped_storage()._cdata for p in model.parameters()}
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
-        def keep(t):
+        def save(t, sizes=sizes, weights=weights):
             storage = t.untyped_storage()
-            if storage._cdata not in frozen:
+            if storage._cdata not in weights:
                 sizes[storage._cdata] = storage.nbytes()
             return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
             hidden = model(stream.input_ids, stream.position_ids, stream.segments)
         hidden.square().sum().backward()
         grads.append([p.grad for p in trainable(model).values()])
-        kept.append(sum(sizes.values()))
+        saved.append(sum(sizes.values()))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert all(grad.abs().sum() > 0 for grad in grads[1])
-    assert kept[1] < kept[0] / 4
+    assert saved[1] < saved[0] / 4
 
 
 @pytest.mark.parametrize("trained, all_rows", [
@@ -300,18 +271,23 @@ def test_gradient_checkpointing_keeps_every_bit_and_little_memory():
     ("lm_head", True)])
 def test_behind_its_attention_the_last_layer_runs_on_scored_rows_unless_it_is_trained(
         monkeypatch, trained, all_rows):
-    # Dropout there draws for every row, and a gradient sums over them: bits of runs made before
-    # this saving. The reference, adapters off, makes the same choice.
+    # Dropout there draws for every row, and a gradient sums over all of them: fewer rows would
+    # change the bits. The reference, adapters off, makes the same choice.
     model = make_model().requires_grad_(False)
     model.get_submodule(trained if trained == "lm_head" else f"model.layers.{trained}"
                         ).requires_grad_(True)
-    stream, asked, forward = build_stream(make_trees()), [], Llama.forward
-    monkeypatch.setattr(Llama, "forward", lambda *args, rows=None: asked.append(rows) or forward(
-        *args, rows=rows))
-    sees = scored_hidden(model, stream)
-    with lora_disabled(model), torch.no_grad():
-        assert scored_hidden(model, stream).shape == sees.shape == (len(stream.labels), 32)
-    assert asked == [None] * 2 if all_rows else asked[0] is asked[1] is stream.rows
+    stream, found, forward = build_stream(make_trees()), [], Llama.forward
+
+    def recording(*args, rows=None):
+        found.append(rows)
+        return forward(*args, rows=rows)
+
+    monkeypatch.setattr(Llama, "forward", recording)
+    assert scored_hidden(model, stream).shape == (len(stream.labels), 32)
+    with lora_disabled(model) as reference, torch.no_grad():
+        assert scored_hidden(reference, stream).shape == (len(stream.labels), 32)
+    expected = None if all_rows else stream.rows
+    assert len(found) == 2 and all(rows is expected for rows in found)
 
 
 def test_at_the_start_policy_equals_reference_to_the_bit():
@@ -321,20 +297,15 @@ def test_at_the_start_policy_equals_reference_to_the_bit():
         if name.endswith("lora_B"):
             torch.nn.init.zeros_(p)
     for name in ("dpo", "pointwise_dpo"):
-        trees = usable(make_trees(), METHODS[name].uses)
-        total = backward_batch(model, partial(adapters_off, model), METHODS[name], trees,
-                               batch_counts(trees), beta=0.1, log_z=0.0, mean_logps=False,
-                               reduction="mean", micro_tokens=64)
-        assert float(total[0]) == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
-        assert float(total[2]) == 0.0 and float(total[4]) == 0.0
+        trees = usable(make_trees(), METHODS[name].trains_on)
+        totals = backward(model, trees, name, compute=Compute(micro_tokens=64))
+        assert float(totals[0]) == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
+        assert float(totals[2]) == 0.0 and float(totals[4]) == 0.0
 
 
 def test_metrics_file_is_json_lines_of_known_keys(tmp_path):
     # metrics come from sums and counts, so a key is absent (not NaN) where its count is 0
-    from types import SimpleNamespace
-    from step import METRICS
-    from train import Log
-    log = Log(SimpleNamespace(logging_steps=1, output_dir=str(tmp_path)), 0, 0, 2)
+    log = Log(str(tmp_path), logging_steps=1, first=0, total_steps=2)
     sums = [3.0, 2.0, 0.0, 0.0, -8.0, 4.0, 0.0, 0.0, 1.0, 2.0]
     log.add(1, [0.5, 100.0, *sums], 0.1, 1e-3)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -350,12 +321,9 @@ def test_a_micro_batch_reads_nothing_back_from_the_device(name, reduction):
     # (.item(), .tolist(), boolean masks, bincount) raises. Bugs this caught: scores.tolist() in the
     # weights of losses and in the metrics, and a bincount in the rewards.
     method = METHODS[name]
-    model = make_model(torch.float32, score_head=method.p == "rewards").to("meta")
-    trees = make_trees()
-    if name == "d2o":
-        method, trees = replace(method, loss=partial(method.loss, alpha=0.1)), anchored(trees)
-    totals = backward_batch(model, partial(adapters_off, model), method, trees, batch_counts(trees),
-                            beta=0.1, log_z=0.0, mean_logps=False, reduction=reduction,
-                            micro_tokens=60, device="meta")
+    model = make_model(torch.float32, score_head=method.reward_model).to("meta")
+    trees = anchored(make_trees()) if name == "d2o" else make_trees()
+    totals = backward(model, trees, name, reduction=reduction, alpha=0.1,
+                      compute=Compute(device="meta", micro_tokens=60))
     assert totals.device.type == "meta"
     assert all(p.grad.device.type == "meta" for p in trainable(model).values())

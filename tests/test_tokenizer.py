@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 
 from data import VICUNA_SYSTEM, Tokenizer, encode_dialogue, read_dataset, render_dialogue
+from packing import make_trees
 from tokenizer import TOKENIZER_FILES, copy_tokenizer
-from trees import make_trees
 
 STRANGE = ["plain words", "  two spaces first", "new\nline\n\n", "tab\tand\r\n", "</s>",
            "<s>[INST]", "a </s> b", "</s></s>", "<unk>", "<0x0A>", "émoji 😀👩\u200d👧",
@@ -24,8 +24,8 @@ def joined(pieces, turns) -> list[int]:
     alone gives. For turns that alternate and are not empty.
     """
     text, ids = f"{VICUNA_SYSTEM} ", [pieces.bos_id()]
-    for number, (role, said) in enumerate(turns):
-        text += f"USER: {said} " if role == "Human" else f"ASSISTANT: {said}"
+    for number, (role, turn) in enumerate(turns):
+        text += f"USER: {turn} " if role == "Human" else f"ASSISTANT: {turn}"
         if role == "Assistant":
             skip = len(pieces.encode("<unk>")) if number > 1 else 0
             ids += pieces.encode("<unk>" * bool(skip) + text)[skip:] + [pieces.eos_id()]
@@ -86,7 +86,7 @@ def test_legacy_is_what_tokenizer_config_says(tmp_path, tiny_tokenizer):
     assert legacy_of('{"legacy": true}', legacy=False) is False
     assert legacy_of('{"legacy": null}') is legacy_of("{}") is False
     for config, words in (('{"legacy": "false"}', "legacy is 'false'"), ("[]", "not a JSON object"),
-                          ("{", "not a JSON object")):
+                          ("{", "not JSON: Expecting")):
         with pytest.raises(ValueError, match=f"tokenizer_config.json: {words}"):
             legacy_of(config)
 
@@ -108,8 +108,8 @@ def test_prompt_ids_are_a_prefix_of_the_joint_ids_on_all_of_hh(hh_file, llama_to
     # Encoding prompt and response apart usually differs from encoding them at once; here never.
     records, checked = read_dataset(hh_file), 0
     for record in records:
-        for said in record.responses:
-            turns = (*record.prompt, ("Assistant", said))
+        for response in record.responses:
+            turns = (*record.prompt, ("Assistant", response))
             prompt_ids, response_ids = encode_dialogue(llama_tokenizer, turns)
             if record.prompt[-1][0] == "Human":
                 assert encode_dialogue(llama_tokenizer, record.prompt) == (prompt_ids, [])
@@ -123,8 +123,8 @@ def test_prompt_ids_are_a_prefix_of_the_joint_ids_on_all_of_hh(hh_file, llama_to
 
 
 def test_every_real_prompt_is_whole_and_ends_in_the_answer_mark(hh_file, llama_tokenizer):
-    # In 5 answers two Assistant turns follow each other; the first belongs to the prompt, and the
-    # second is asked for by "ASSISTANT:" like any other.
+    # In 5 answers two Assistant turns follow each other; the first belongs to the prompt, and
+    # "ASSISTANT:" stands before the second as before any other.
     records = [r for r in read_dataset(hh_file)
                if [role for role, _ in r.prompt] != ["Human", "Assistant"] * (len(r.prompt) // 2)
                + ["Human"]]
@@ -132,8 +132,8 @@ def test_every_real_prompt_is_whole_and_ends_in_the_answer_mark(hh_file, llama_t
     wrong = []
     for record in records:
         tree, = make_trees([record], llama_tokenizer, max_length=10**6, max_prompt_length=10**5)
-        text, said = llama_tokenizer.decode(tree.prompt_ids), [said for _, said in record.prompt]
-        if not text.endswith("ASSISTANT:") or any(turn not in text for turn in said):
+        text = llama_tokenizer.decode(tree.prompt_ids)
+        if not text.endswith("ASSISTANT:") or any(turn not in text for _, turn in record.prompt):
             wrong.append(int(record.where.rpartition(":")[2]))
     assert wrong == []
 
@@ -158,14 +158,14 @@ def test_no_text_gives_the_ids_of_bos_or_eos(tiny_tokenizer, text, legacy):
 def test_strange_text_stays_text(tiny_tokenizer, text):
     # "</s>" typed by a user must not end the answer; all else comes back from its bytes unchanged.
     tokenizer = Tokenizer(tiny_tokenizer)
-    said = text.strip()
-    turns = [("Human", text), ("Assistant", said), ("Human", text), ("Assistant", said)]
+    answer = text.strip()
+    turns = [("Human", text), ("Assistant", answer), ("Human", text), ("Assistant", answer)]
     prompt_ids, response_ids = encode_dialogue(tokenizer, turns)
     assert prompt_ids + response_ids == joined(tokenizer.pieces, turns)
     assert prompt_ids[0] == 1 and response_ids[-1] == 2 and prompt_ids.count(2) == 1
     assert not {0, 1, 2} & set(prompt_ids[1:prompt_ids.index(2)] + response_ids[:-1])
     assert not {0, 1, 2} & set(prompt_ids[prompt_ids.index(2) + 1:])
-    assert tokenizer.decode(response_ids[:-1]) == said
+    assert tokenizer.decode(response_ids[:-1]) == answer
     first, last = render_dialogue([*turns[:-1], ASK])
     assert tokenizer.decode(prompt_ids[1:prompt_ids.index(2)]) == first
     assert tokenizer.decode(tokenizer.encode(" " + last, continues=True)) == last
@@ -194,7 +194,7 @@ def test_files_that_are_no_llama_tokenizer_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
         Tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
+    with pytest.raises(ValueError, match="not a SentencePiece model: .*git-lfs pointer, run"):
         Tokenizer(str(tmp_path))
     plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     for size, options in ((40, plain), (300, plain | {"byte_fallback": True, "bos_id": -1}),

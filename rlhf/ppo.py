@@ -1,0 +1,392 @@
+"""RLHF by PPO: maximise E[r_phi(x, y)] - beta KL(pi || pi_ref) (ULMA paper, Eq. 3).
+
+    python train.py --method reward_model --num_train_epochs 6 --output_dir runs/reward_model
+    python -m rlhf.ppo --reward_model runs/reward_model               RLHF, on the embedded world
+    python -m rlhf.ppo --reward_model runs/pointwise_reward_model     point-wise RLHF
+    torchrun --standalone --nproc_per_node=8 -m rlhf.ppo --reward_model runs/hh-reward \\
+        --batch_size 512
+    python eval.py runs/rlhf runs/pointwise_rlhf
+
+A step: num_generations responses are sampled from the policy to every prompt of a batch, each rank
+its share; one pass without gradients gives log-probs of policy and reference, values and rewards;
+ranks exchange them, so each knows the whole batch; then num_ppo_epochs times num_mini_batches
+clipped updates, each divided by the tokens of its whole minibatch.
+
+Policy, reference, reward model and value function share one set of frozen weights: the reference is
+the policy with its adapter off, the others have adapters of their own. The value function starts as
+a copy of the reward model, which already tells how an answer is going.
+The base model and the adapter's shape are the reward model's; so are some flags, if not given.
+missing_eos_penalty is no part of Eq. 3: without it answers that never end cost nothing.
+"""
+import argparse
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import ModuleDict
+from torch.optim import Optimizer
+
+from data import print_counts, read_dataset, split_by_prompt
+from files.cli import Help, check_ranges, run_cli, time_left
+from files.text import sha256
+from generate import row_seeds
+from lora import add_lora, add_score_head, load_adapter, share_base
+from model import Llama
+from packing import build_stream, epoch_batches, pack, plan_batches, shard, truncate
+from rlhf.rollouts import (Rollout, batch_metrics, exchange, joined, sample_responses,
+                           score_responses, token_values, true_rewards, world_rewards)
+from step import token_logps
+from tokenizer import Tokenizer, encode_dialogue
+from training.checkpoint import (RunFolder, base_name, claim_output_dir, load_run, read_run,
+                                 resume, save_final, save_or_stop, trainable, write_metrics)
+from training.ranks import (Ranks, all_reduce_gradients_, clip_gradients_, learning_rate, running)
+from world import on_world
+
+
+# ---- formulas: N tokens of R responses laid end to end, the tokens of one response together ------
+
+def kl_penalised_rewards(per_token_logps: Tensor, reference_per_token_logps: Tensor,
+                         response_ids: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """r_t = -beta (log π - log π_ref)(y_t | x, y_<t), and r_φ(x, y) on top at the last token.
+
+    per_token_logps            [N] float   of sampled tokens under the policy, nats
+    reference_per_token_logps  [N] float
+    response_ids               [N] int64   0 0 0 1 1 …: whose token; every response has one
+    scores                     [R] float   r_φ(x, y)
+    returns                    [N] float   sums to r_φ - beta (log π - log π_ref)(y | x), Eq. 3
+    The difference of log-probs is the k1 estimate of the KL: unbiased, and negative at times.
+    """
+    rewards = -beta * (per_token_logps - reference_per_token_logps)              # [N]
+    last = response_ids.bincount(minlength=len(scores)).cumsum(0) - 1            # [R]
+    return rewards.index_add(0, last, scores)
+
+
+def gae(rewards: Tensor, values: Tensor, response_ids: Tensor, gamma: float, lam: float) -> Tensor:
+    """A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} - V_t; A and V are 0 past the last token.
+
+    rewards, values  [N] float   V_t is the value before token t is known
+    response_ids     [N] int64   0 0 0 1 1 …
+    returns          [N] float   advantages; A + V are the returns a value function learns
+    Source: Generalized Advantage Estimation, arXiv:1506.02438, Eq. 16.
+    """
+    advantages, later, value_later, owner = [], 0.0, 0.0, None
+    for reward, value, response in reversed(list(zip(
+            rewards.tolist(), values.tolist(), response_ids.tolist()))):
+        if response != owner:
+            later, value_later, owner = 0.0, 0.0, response
+        later = reward + gamma * value_later - value + gamma * lam * later
+        value_later = value
+        advantages.append(later)
+    return values.new_tensor(advantages[::-1])
+
+
+def whiten(values: Tensor) -> Tensor:
+    """(v - mean) / standard deviation: [N] -> [N]. Of a whole batch, never of one rank's share."""
+    return (values - values.mean()) / (values.var() + 1e-8).sqrt()    # 1e-8: all may be equal
+
+
+def clipped_policy_loss(per_token_logps: Tensor, old_per_token_logps: Tensor, advantages: Tensor,
+                        cliprange: float) -> Tensor:
+    """max(-A q, -A clip(q, 1 - c, 1 + c)),  q = π(y_t) / π_old(y_t).
+
+    per_token_logps      [N] float   of sampled tokens, now
+    old_per_token_logps  [N] float   when they were sampled; constant, as is A
+    advantages           [N] float
+    returns              [N] float   loss per token
+    Source: PPO, arXiv:1707.06347, Eq. 7, with its sign turned.
+    """
+    ratio = (per_token_logps - old_per_token_logps).exp()                        # [N]
+    return torch.maximum(-advantages * ratio,
+                         -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor,
+                       cliprange_value: float) -> Tensor:
+    """max((V - R)², (clip(V, V_old - c, V_old + c) - R)²) / 2: [N] each -> [N].
+
+    Source: TRL's PPO (trl/experimental/ppo, removed before 1.16).
+    """
+    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)     # [N]
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+# ---- one update ---------------------------------------------------------------------------------
+
+def add_advantages(rollouts: list[Rollout], beta: float, gamma: float, lam: float) -> list[Rollout]:
+    """Fill in advantages and returns: of the whole batch, since they are whitened over it."""
+    lengths = torch.tensor([len(ids) for rollout in rollouts for ids in rollout.response_ids])
+    response_ids = torch.arange(len(lengths)).repeat_interleave(lengths)         # [N]
+    logps, reference_logps, values = (joined(rollouts, name) for name in (       # [N] each
+        "per_token_logps", "reference_per_token_logps", "values"))
+    scores = logps.new_tensor([score for rollout in rollouts for score in rollout.scores])     # [R]
+    rewards = kl_penalised_rewards(logps, reference_logps, response_ids, scores, beta)
+    advantages = gae(rewards, values, response_ids, gamma, lam)                  # [N]
+    sizes = [len(rollout.per_token_logps) for rollout in rollouts]
+    columns = zip(whiten(advantages).split(sizes), (advantages + values).split(sizes))
+    return [replace(rollout, advantages=a, returns=r) for rollout, (a, r) in zip(rollouts, columns)]
+
+
+UPDATE_METRICS = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg",
+                  "policy/approxkl_avg")
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """PPO's settings of one update."""
+    cliprange: float = 0.2           # of the policy's ratio
+    cliprange_value: float = 0.2     # of the value, nats
+    vf_coef: float = 0.1             # weight of the value loss
+
+
+def accumulate_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens: int,
+                        clipping: Clipping, micro_tokens: int) -> Tensor:
+    """Forward and backward of this rank's share of a minibatch; returns [loss, *UPDATE_METRICS].
+
+    models       "policy" and "value"
+    num_tokens   of the responses of the whole minibatch: what the loss is divided by
+    """
+    device = models["policy"].lm_head.weight.device
+    totals = torch.zeros(1 + len(UPDATE_METRICS), dtype=torch.float64, device=device)
+    for group in pack(rollouts, micro_tokens):
+        stream = build_stream(group, device)
+        old_logps = joined(group, "per_token_logps", device)                     # [N] each
+        old_values, returns = joined(group, "values", device), joined(group, "returns", device)
+        advantages = joined(group, "advantages", device)
+        logps = token_logps(models["policy"], stream)
+        values = token_values(models["value"], stream)
+        policy_losses = clipped_policy_loss(logps, old_logps, advantages, clipping.cliprange)
+        value_losses = clipped_value_loss(values, old_values, returns, clipping.cliprange_value)
+        losses = policy_losses + clipping.vf_coef * value_losses
+        (losses.sum() / num_tokens).backward()
+        logratios = (logps - old_logps).detach()
+        columns = (losses, policy_losses, value_losses,
+                   policy_losses > -advantages * logratios.exp(),                # a clip counted
+                   value_losses > 0.5 * (values - returns).square(), 0.5 * logratios.square())
+        totals += torch.stack([column.detach().double().sum() for column in columns]) / num_tokens
+    return totals
+
+
+def update(args: argparse.Namespace, models: ModuleDict, optimizer: Optimizer,
+           rollouts: list[Rollout], step: int, ranks: Ranks) -> list[float]:
+    """All updates on one batch; returns means over them: [loss, *UPDATE_METRICS, stop signal,
+    gradient norm]."""
+    parameters, rows = list(trainable(models).values()), []
+    clipping = Clipping(args.cliprange, args.cliprange_value, args.vf_coef)
+    minibatch_size = math.ceil(len(rollouts) / args.num_mini_batches)
+    for epoch in range(args.num_ppo_epochs):
+        for numbers in epoch_batches([1] * len(rollouts), minibatch_size, args.seed,
+                                     step * args.num_ppo_epochs + epoch):
+            minibatch = [rollouts[number] for number in numbers]
+            num_tokens = sum(len(rollout.per_token_logps) for rollout in minibatch)
+            share = shard(minibatch, ranks.world_size)[ranks.rank]
+            totals = accumulate_gradient(models, share, num_tokens, clipping, args.micro_tokens)
+            totals = all_reduce_gradients_(
+                parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
+            grad_norm = clip_gradients_(parameters, args.max_grad_norm, totals[0],
+                                        f"step {step + 1}, prompts {numbers} of its batch")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rows.append([*totals, grad_norm])
+    return torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+SHOWN = ("objective/scores", "objective/true_reward", "objective/kl", "policy/entropy",
+         "policy/clipfrac_avg", "loss/value_avg", "response_length", "ended_by_eos")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, ready to start."""
+    models: ModuleDict           # "policy" and "value"
+    reward_model: Llama
+    prompts: list[tuple]         # (prompt ids, {answer: r*} on the world, else None)
+    batches: list[list[int]]     # prompt numbers of every step
+    tokenizer: Tokenizer
+    folder: RunFolder
+
+
+def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
+    """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
+    models, batches, eos_id = setup.models, setup.batches, setup.tokenizer.eos_id
+    optimizer = torch.optim.AdamW(trainable(models).values(), lr=args.learning_rate,
+                                  weight_decay=0.0, fused=True)
+    first, start = resume(setup.folder, models, optimizer, ranks, len(batches)), time.perf_counter()
+    for step in range(first, len(batches)):
+        step_start = time.perf_counter()
+        lr = learning_rate(step, args.learning_rate, args.warmup_steps, len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = [setup.prompts[number] for number in batches[step]]
+        seeds = row_seeds(args.seed * 1_000_003 + step, len(batch) * args.num_generations)
+        trees = sample_responses(models["policy"], [prompt_ids for prompt_ids, _ in batch], seeds,
+                                 args.max_new_tokens, ranks)
+        rollouts = exchange(score_responses(
+            models["policy"], models["value"], setup.reward_model, trees, eos_id,
+            args.missing_eos_penalty, args.micro_tokens), ranks.world_size)
+        rollouts = add_advantages(rollouts, args.beta, args.gamma, args.lam)
+        _, *means, stop_signal, grad_norm = update(args, models, optimizer, rollouts, step, ranks)
+        if ranks.is_first:
+            now, tokens = time.perf_counter(), sum(rollout.num_tokens for rollout in rollouts)
+            line = {"step": step + 1} | batch_metrics(rollouts, args.beta, eos_id)
+            if all(answers for _, answers in batch):
+                line["objective/true_reward"] = sum(
+                    sum(true_rewards(rollout, answers, setup.tokenizer))
+                    for rollout, (_, answers) in zip(rollouts, batch)) / len(seeds)
+            line |= dict(zip(UPDATE_METRICS, means))
+            line |= {"grad_norm": grad_norm, "lr": lr, "tokens": tokens,
+                     "tokens_per_s": round(tokens / (now - step_start), 1)}
+            write_metrics(args.output_dir, line)
+            shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN if name in line)
+            print(f"step {step + 1}/{len(batches)}  {shown}  {line['tokens_per_s']:.0f} tok/s  "
+                  f"{time_left(now - start, step + 1 - first, len(batches) - first)}", flush=True)
+        save_or_stop(setup.folder, step + 1, len(batches), models, optimizer, ranks, stop_signal)
+
+
+# On the embedded world, as train.py's: a small model takes large steps. 1e-2 is too large: the
+# policy left the world, at a true reward of -5.5. The objective stops rising after some 30 steps.
+WORLD_FLAGS = {"learning_rate": 1e-3, "warmup_steps": 5, "batch_size": 19, "num_generations": 4,
+               "num_ppo_epochs": 2, "max_new_tokens": 48, "max_steps": 40}
+INHERITED = ("beta", "dataset", "held_out", "max_prompt_length")
+FIXED = ("model_name_or_path", "sft_adapter", "bf16", "lora_r", "lora_alpha",
+         "lora_target_modules")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, checked; where they are not given, some are those of the reward model's run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=(
+        "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
+    flag = parser.add_argument_group("what").add_argument
+    flag("--reward_model", required=True,
+         help="finished run of train.py --method …reward_model; its flags are the defaults of "
+              + ", ".join(INHERITED))
+    flag("--dataset", help="prompts: any file train.py reads")
+    flag("--held_out", type=float, help="fraction of prompts never sampled for")
+    flag("--output_dir", default="runs/METHOD", help="METHOD stands for rlhf or pointwise_rlhf")
+    flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
+    flag = parser.add_argument_group("objective").add_argument
+    flag("--beta", type=float, help="KL strength, TRL's kl_coef")
+    flag("--missing_eos_penalty", type=float, default=1.0,
+         help="taken off the reward of a response that was cut at max_new_tokens, nats")
+    flag("--gamma", type=float, default=1.0, help="discount per token")
+    flag("--lam", type=float, default=0.95, help="lambda of the advantages")
+    flag("--cliprange", type=float, default=0.2, help="of the policy's ratio")
+    flag("--cliprange_value", type=float, default=0.2, help="of the value, nats")
+    flag("--vf_coef", type=float, default=0.1, help="weight of the value loss")
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--learning_rate", type=float, default=1e-5, help="peak; then a cosine to 0")
+    flag("--batch_size", type=int, default=64, help="prompts per step over all ranks")
+    flag("--num_generations", type=int, default=1, help="responses sampled to each prompt")
+    flag("--num_ppo_epochs", type=int, default=4, help="passes over a batch")
+    flag("--num_mini_batches", type=int, default=1, help="updates per pass")
+    flag("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
+    flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
+    flag("--warmup_steps", type=int, default=0, help="linear warm-up")
+    flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    flag("--seed", type=int, default=42, help="of order, sampling and initialisation")
+    flag = parser.add_argument_group("size, saving").add_argument
+    flag("--max_prompt_length", type=int, help="longer prompts lose their left end")
+    flag("--max_new_tokens", type=int, default=128, help="a response ends here, or after EOS")
+    flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
+    flag("--save_steps", type=int, default=20, help="steps per checkpoint")
+    flag("--save_total_limit", type=int, default=2, help="checkpoints kept, the newest")
+    args = parser.parse_args(argv)
+    run = read_run(args.reward_model)
+    if not run["method"].endswith("reward_model"):
+        raise ValueError(f"--reward_model {args.reward_model} is a run of {run['method']}; "
+                         "expected one of train.py --method …reward_model")
+    defaults = {name: run[name] for name in INHERITED}
+    if on_world(run, args.dataset):
+        defaults |= WORLD_FLAGS
+    parser.set_defaults(**defaults)                      # the flags that were given still win
+    args = parser.parse_args(argv)
+    vars(args).update({name: run.get(name) for name in FIXED},
+                      method=run["method"].replace("reward_model", "rlhf"))
+    args.max_length = args.max_prompt_length + args.max_new_tokens
+    args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
+    check_flags(args)
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the flag, for values that no run can mean."""
+    check_ranges(args, (
+        "batch_size", "micro_tokens", "save_steps", "save_total_limit", "num_ppo_epochs",
+        "num_mini_batches", "num_generations", "max_new_tokens"), {
+        "held_out": (0, 1), "gamma": (0, 1), "lam": (0, 1), "cliprange": (0, 1)} | {
+        name: (0, math.inf) for name in (
+            "beta", "learning_rate", "warmup_steps", "num_train_epochs", "vf_coef",
+            "max_grad_norm", "cliprange_value", "missing_eos_penalty")})
+    if args.max_prompt_length < 2:
+        raise ValueError(f"--max_prompt_length {args.max_prompt_length} must be at least 2")
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Ranks) -> list[tuple]:
+    """(prompt ids, {answer: r*} on the world, else None) of every distinct training prompt."""
+    counts, rewards = Counter(), world_rewards()
+    records = read_dataset(args.dataset, counts)
+    if ranks.is_first:
+        print_counts(args.dataset, records, counts)
+    found, training = [], split_by_prompt(records, args.held_out)[0]
+    for prompt in dict.fromkeys(record.prompt for record in training):
+        prompt_ids, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])
+        prompt_ids, _ = truncate(prompt_ids, [], args.max_length, args.max_prompt_length)
+        found.append((prompt_ids, rewards.get(prompt)))
+    if not found:
+        raise ValueError(f"--held_out {args.held_out} leaves no prompt of {args.dataset}")
+    return found
+
+
+def set_up(args: argparse.Namespace, ranks: Ranks) -> Setup:
+    """Read and check everything before anything is written.
+
+    raises  ValueError or OSError, one sentence, for whatever does not fit
+    """
+    tokenizer = Tokenizer(args.model_name_or_path)
+    prompts = read_prompts(args, tokenizer, ranks)
+    batches = plan_batches([1] * len(prompts), args.batch_size, args.num_train_epochs,
+                           args.max_steps, args.seed)
+    if not batches:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs} gives no step")
+    reward_model = load_run(args.reward_model).model.requires_grad_(False)
+    if args.max_length > (positions := reward_model.config.max_positions):
+        raise ValueError(f"--max_prompt_length {args.max_prompt_length} and --max_new_tokens "
+                         f"{args.max_new_tokens} exceed the model's {positions} positions")
+    torch.manual_seed(args.seed)
+    policy = add_lora(share_base(reward_model), args.lora_r, args.lora_alpha, 0.0,
+                      args.lora_target_modules)
+    value = load_adapter(add_score_head(share_base(reward_model)),
+                         os.path.join(args.reward_model, "final"))
+    if ranks.is_first:
+        print(f"{len(prompts)} distinct prompts; weights trained: "
+              f"{sum(p.numel() for p in trainable(policy).values()):,} of the policy, "
+              f"{sum(p.numel() for p in trainable(value).values()):,} of the value function")
+    return Setup(ModuleDict({"policy": policy, "value": value}), reward_model, prompts, batches,
+                 tokenizer, RunFolder(args.output_dir, base_name(args), args.save_steps,
+                                      args.save_total_limit))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with running() as (ranks, _):
+        setup = set_up(args, ranks)
+        weights = os.path.join(args.reward_model, "final", "adapter_model.safetensors")
+        if ranks.is_first:
+            claim_output_dir(args.output_dir, vars(args) | {
+                "dataset_sha256": sha256(args.dataset), "reward_model_sha256": sha256(weights)},
+                args.overwrite_output_dir)
+        ranks.barrier()
+        with ranks.stop:
+            train(args, setup, ranks)
+        if ranks.is_first:
+            save_final(setup.folder, setup.models["policy"], setup.tokenizer)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,123 @@
+"""What PPO learns from: responses sampled from the policy, and what was computed of every token.
+
+    prompts -> sampled responses -> one pass without gradients -> rollouts, known to every rank
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generate import generate
+from kernels import linear_logps
+from lora import lora_disabled
+from model import Llama
+from packing import Stream, Tree, build_stream, pack
+from step import feed_last_tokens, scored_hidden, stream_rewards
+from tokenizer import Tokenizer
+from training.ranks import Ranks, gather
+from world import answers, prompts, question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Tree):
+    """A tree of sampled responses, n tokens in all; `scores` holds r_φ(x, y). On the CPU."""
+    per_token_logps: Tensor              # [n] of its tokens, under the policy that sampled them
+    reference_per_token_logps: Tensor    # [n]
+    entropy: Tensor                      # [n] of the policy's next token
+    kl: Tensor                           # [n] exact KL(policy || reference) of the next token
+    values: Tensor                       # [n]
+    advantages: Tensor | None = None     # [n] whitened over the batch
+    returns: Tensor | None = None        # [n]
+
+
+def joined(rollouts: list[Rollout], name: str, device: torch.device | str = "cpu") -> Tensor:
+    """One field of all rollouts, end to end: [N]."""
+    return torch.cat([getattr(rollout, name) for rollout in rollouts]).to(device)
+
+
+def sample_responses(policy: Llama, prompt_ids: list[list[int]], seeds: list[int],
+                     max_new_tokens: int, ranks: Ranks) -> list[Tree]:
+    """Sampled responses to this rank's share of the prompts: numbers rank, rank + world_size, …
+
+    seeds    K for every prompt: it gets K responses, which share its tokens in one tree
+    """
+    count, numbers = len(seeds) // len(prompt_ids), range(ranks.rank, len(prompt_ids),
+                                                          ranks.world_size)
+    rows = [number * count + k for number in numbers for k in range(count)]
+    sampled = generate(policy, [prompt_ids[row // count] for row in rows], max_new_tokens,
+                       generator=[seeds[row] for row in rows])
+    return [Tree(prompt_ids[number], sampled[i * count:(i + 1) * count], [0.0] * count, [])
+            for i, number in enumerate(numbers)]
+
+
+def token_values(value: Llama, stream: Stream) -> Tensor:
+    """V(x, y_<t) before every scored token of a stream: [N] float32."""
+    hidden = scored_hidden(value, stream)                                        # [N, D]
+    return hidden.to(value.score.weight.dtype) @ value.score.weight[0]
+
+
+@torch.no_grad()
+def score_responses(policy: Llama, value: Llama, reward_model: Llama, trees: list[Tree],
+                    eos_id: int, missing_eos_penalty: float, micro_tokens: int) -> list[Rollout]:
+    """The rollouts of sampled trees: log-probs, values and rewards of all of them.
+
+    missing_eos_penalty   taken off the reward of a response that was cut: it does not end in EOS
+    """
+    rollouts, device = [], policy.lm_head.weight.device
+    for group in pack(trees, micro_tokens):
+        stream = build_stream(group, device)
+        hidden = scored_hidden(policy, stream)                                   # [N, D]
+        with lora_disabled(policy) as reference:
+            reference_hidden = scored_hidden(reference, stream)                  # [N, D]
+        logps = linear_logps(hidden, reference_hidden, policy.lm_head.weight, stream.labels,
+                             stream.labels, entropy=True, kl=True)               # [N] each
+        rewards = stream_rewards(reward_model, build_stream(feed_last_tokens(group), device))
+        lengths = [sum(map(len, tree.response_ids)) for tree in group]
+        columns = {"per_token_logps": logps.policy_logps,
+                   "reference_per_token_logps": logps.reference_logps,
+                   "entropy": logps.entropy, "kl": logps.kl, "values": token_values(value, stream)}
+        columns = {name: column.cpu().split(lengths) for name, column in columns.items()}
+        rewards = rewards.cpu().split([len(tree.response_ids) for tree in group])
+        for i, tree in enumerate(group):
+            scores = [reward - missing_eos_penalty * (ids[-1] != eos_id)
+                      for reward, ids in zip(rewards[i].tolist(), tree.response_ids)]
+            rollouts.append(Rollout(
+                prompt_ids=tree.prompt_ids, response_ids=tree.response_ids, scores=scores, pairs=[],
+                **{name: column[i] for name, column in columns.items()}))
+    return rollouts
+
+
+def exchange(rollouts: list[Rollout], world_size: int) -> list[Rollout]:
+    """Every rank's rollouts, in the order of the batch, on every rank."""
+    shares = gather(rollouts)
+    return [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))]
+
+
+# ---- metrics of a batch -------------------------------------------------------------------------
+
+def world_rewards() -> dict[tuple, dict[str, float]]:
+    """{prompt: {answer: r*}} of the embedded world."""
+    return {(("Human", question(*prompt)),): {text: reward for text, reward, *_ in answers(*prompt)}
+            for prompt in prompts()}
+
+
+def true_rewards(rollout: Rollout, listed: dict[str, float], tokenizer: Tokenizer) -> list[float]:
+    """r* of each response; that of the prompt's worst answer if it is no valid one, or was cut."""
+    return [listed.get(tokenizer.decode(ids).strip() if ids[-1] == tokenizer.eos_id else None,
+                       min(listed.values())) for ids in rollout.response_ids]
+
+
+def batch_metrics(rollouts: list[Rollout], beta: float, eos_id: int) -> dict[str, float]:
+    """Metrics of the policy that sampled the batch; means over responses, nats.
+
+    objective/kl is the exact KL of every next token, summed over the response: the same mean as
+    TRL's sum of log-ratios, with less noise. objective/rlhf_reward estimates Eq. 3.
+    """
+    responses = [ids for rollout in rollouts for ids in rollout.response_ids]
+    score = sum(sum(rollout.scores) for rollout in rollouts) / len(responses)
+    divergence = float(joined(rollouts, "kl").double().sum()) / len(responses)
+    return {"objective/scores": score, "objective/kl": divergence,
+            "objective/rlhf_reward": score - beta * divergence,
+            "policy/entropy": float(joined(rollouts, "entropy").double().mean()),
+            "response_length": sum(map(len, responses)) / len(responses),
+            "ended_by_eos": sum(ids[-1] == eos_id for ids in responses) / len(responses)}

@@ -1,0 +1,122 @@
+"""Every method of both papers on the embedded world: the papers' claims as hypotheses.
+
+    python -m study                  all tables (make reproduce); about three hours on two cores
+    python -m study ablation d2o     some of them, each under half an hour
+    python -m study --report         train nothing, write results/ from results/runs.jsonl
+
+1. Data of every shape is drawn from the world, anew for every seed (datasets.py).
+2. A *cell* is a method on data (tables.py). Its learning rate is tuned: one run of seed 0 for each
+   of LEARNING_RATES; the best E[r] on 12 training prompts wins. Test prompts are not used.
+3. With that rate it is trained with seeds 1 to 5, and measured on 40 prompts that no objective
+   trained on (the base did): exactly, over all valid answers (runs.py).
+4. report.py compares cells seed by seed, and writes tables, figures and verdicts.
+
+A finished run is not trained again: stop this and start it as often as you like.
+"""
+import argparse
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+from files.cli import run_cli, time_left
+from study.report import write_report
+from study.rows import save_rows
+from study.runs import TUNING_SEED, Cell, Run, bounds, end_with_parent, execute
+from study.tables import TABLES
+from world import ensure_world
+
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+# ---- the schedule -------------------------------------------------------------------------------
+
+class Schedule:
+    """Executes lists of runs on worker processes and prints the progress.
+
+    total   int   how many runs there will be in all; set before the first list
+    """
+
+    def __init__(self, workers: int):
+        os.environ["OMP_NUM_THREADS"] = "1"             # read by torch in the workers
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"),
+                                        initializer=end_with_parent)
+        self.total = self.done = self.executed = 0
+        self.start = time.perf_counter()
+
+    def scores(self, runs: list[Run]) -> dict[Run, dict[str, float]]:
+        """The scores of these runs; those on disk are not executed again."""
+        finished = [run for run in runs if os.path.isfile(run.scores_file)]
+        scores = {run: execute(run) for run in finished}
+        self.done += len(finished)
+        futures = {self.pool.submit(execute, run): run for run in runs if run not in scores}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                scores[run] = future.result()
+                self.done, self.executed = self.done + 1, self.executed + 1
+                self.print_progress(run, scores[run])
+        except BaseException:                           # also Ctrl-C: start nothing more
+            self.pool.shutdown(cancel_futures=True)
+            raise
+        return scores
+
+    def print_progress(self, run: Run, scores: dict[str, float]) -> None:
+        reward = f"E[r] {scores['E[r]']:+.2f}" if scores else ""     # reward models have none
+        left = time_left(time.perf_counter() - self.start, self.executed,
+                         self.executed + self.total - self.done)
+        print(f"{self.done}/{self.total}  {run.cell.data:10} {run.cell.name:44} "
+              f"lr {run.learning_rate:<6g} seed {run.seed}  {reward:12}  {left}", flush=True)
+
+
+def execute_cells(cells: list[Cell], schedule: Schedule) -> list[dict]:
+    """Tune every cell, then run its seeds; returns one row of runs.jsonl per run."""
+    tuned = list(dict.fromkeys(cell.tuned_as or cell for cell in cells))
+    trials = [Run(cell, rate, TUNING_SEED) for cell in tuned for rate in LEARNING_RATES]
+    seeds = [(cell, seed) for cell in cells for seed in range(1, cell.seeds + 1)]
+    untuned = [Run(cell, 0, seed) for cell, seed in seeds]
+    reward_models = list(dict.fromkeys(run.reward_model for run in trials + untuned
+                                       if run.reward_model))
+    schedule.total = len(reward_models) + len(trials) + len(seeds)
+    schedule.scores(reward_models)
+    tuning = schedule.scores(trials)
+
+    best = {}                                           # cell -> learning rate
+    for cell in tuned:
+        rewards = {rate: tuning[Run(cell, rate, TUNING_SEED)]["E[r]"] for rate in LEARNING_RATES}
+        best[cell] = max(LEARNING_RATES, key=lambda rate: (
+            -math.inf if math.isnan(rewards[rate]) else rewards[rate]))
+    tests = schedule.scores([Run(cell, best[cell.tuned_as or cell], seed)
+                             for cell, seed in seeds])
+    return [run.row() | scores for run, scores in (tuning | tests).items()]
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
+                        help="; ".join(TABLES) + " (default: all)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="runs side by side, one thread each (default: the cores)")
+    parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
+    parser.add_argument("--report", action="store_true",
+                        help="train nothing; write tables and figures from OUT/runs.jsonl")
+    args = parser.parse_args(argv)
+    if unknown := sorted(set(args.tables) - set(TABLES)):
+        raise ValueError(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers} must be at least 1")
+    if not args.report:
+        ensure_world()
+        cells = [cell for name in args.tables or TABLES for cell in TABLES[name].cells]
+        rows = execute_cells(list(dict.fromkeys(cells)), Schedule(args.workers))
+        save_rows(args.out, rows, bounds())
+    write_report(args.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,96 @@
+"""Labelled data of every shape the papers use, drawn from the embedded world.
+
+    DATASETS[name](seed) -> rows of a JSONL file, as train.py reads it
+"""
+import os
+import random
+from collections import Counter
+
+from world import answers, draw_data, question, training_prompts, write_jsonl
+
+RESPONSES = 16 * len(training_prompts())         # labelled answers: 16 for each training prompt
+
+
+def group_prompts(rows: list[dict], size: int) -> list[dict]:
+    """Rows in rounds over the prompts, `size` rows of a prompt in a row: these share a tree."""
+    seen, keys = Counter(), []
+    for row in rows:
+        keys.append((seen[row["prompt"]] // size, row["prompt"]))
+        seen[row["prompt"]] += 1
+    return [row for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0])]
+
+
+def dirty(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """Pairs whose chosen answer is, with probability `share`, replaced by a harmful one.
+
+    The harmful answer is drawn as often as the base model is trained to give it.
+    """
+    rng = random.Random(f"dirty-{seed}")
+    harmful = {question(*prompt): [(text, weight) for text, _, is_harmful, weight
+                                   in answers(*prompt) if is_harmful]
+               for prompt in training_prompts()}
+    result = []
+    for row in rows:
+        if rng.random() < share:
+            texts, weights = zip(*harmful[row["prompt"]], strict=True)
+            row = row | {"chosen": rng.choices(texts, weights)[0]}
+        result.append(row)
+    return result
+
+
+def differing_pairs(points: list[dict]) -> list[dict]:
+    """The pairs DPO can learn from points: two consecutive draws for a prompt, labels differing."""
+    pairs = []
+    for first, second in zip(points[::2], points[1::2], strict=True):
+        if first["label"] != second["label"]:
+            good, bad = (first, second) if first["label"] else (second, first)
+            pairs.append({"prompt": first["prompt"], "chosen": good["completion"],
+                          "rejected": bad["completion"]})
+    return pairs
+
+
+def balanced(points: list[dict], share: float) -> list[dict]:
+    """The first RESPONSES points of which the given share is good."""
+    good = round(share * RESPONSES)
+    left = {True: good, False: RESPONSES - good}
+    chosen = []
+    for row in points:
+        if left[row["label"]]:
+            left[row["label"]] -= 1
+            chosen.append(row)
+    return chosen
+
+
+def grouped_pairs(kind: str, seed: int) -> list[dict]:
+    """Pairs of kind "pairs" or "golden", two of a prompt in a row."""
+    return group_prompts(draw_data(seed, RESPONSES)[kind], 2)
+
+
+def unbalanced_points(share: float, seed: int) -> list[dict]:
+    return group_prompts(balanced(draw_data(seed, 8 * RESPONSES)["points"], share), 4)
+
+
+DATASETS = {      # name: seed -> rows
+    "hh":        lambda seed: grouped_pairs("pairs", seed),
+    "golden":    lambda seed: grouped_pairs("golden", seed),
+    "golden-10": lambda seed: dirty(grouped_pairs("golden", seed), 0.10, seed),
+    "golden-30": lambda seed: dirty(grouped_pairs("golden", seed), 0.30, seed),
+    "qa":        lambda seed: group_prompts(draw_data(seed, RESPONSES)["points"], 4),
+    "qa-pairs":  lambda seed: group_prompts(differing_pairs(draw_data(seed, RESPONSES)["points"]),
+                                            2),
+    "qa-10":     lambda seed: unbalanced_points(0.1, seed),
+    "qa-90":     lambda seed: unbalanced_points(0.9, seed),
+    "red-team":  lambda seed: group_prompts(draw_data(seed, RESPONSES)["ratings"], 4),
+    "negatives": lambda seed: [
+        {"prompt": row["prompt"], "completion": row["rejected"], "label": False}
+        for row in grouped_pairs("golden", seed)[:RESPONSES // 4]],
+}
+
+
+def dataset_file(folder: str, name: str, seed: int) -> str:
+    """Path of the rows of DATASETS[name](seed) in a folder, written if it is missing."""
+    path = os.path.join(folder, f"{name}-{seed}.jsonl")
+    if not os.path.isfile(path):
+        os.makedirs(folder, exist_ok=True)
+        write_jsonl(path, DATASETS[name](seed))
+    return path

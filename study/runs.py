@@ -1,0 +1,241 @@
+"""One run of the study: a method trained on data from the world with one seed, then measured.
+
+Every run is one call of train.py or rlhf/ppo.py on one thread, so its numbers do not depend on how
+many run side by side. What a finished run scored is in its folder; it is not trained again.
+Scores are exact: all valid answers to a prompt are listed (eval.py), nothing is sampled or judged.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import parent_process
+from multiprocessing.connection import wait as wait_for
+
+import torch
+from torch import Tensor
+
+import train
+from eval import agreement, kl, mean_scores, optimum, with_rest, world_logps, world_scores
+from files.text import read_json, write_text
+from model import load_llama
+from rlhf import ppo
+from step import METHODS
+from study.datasets import RESPONSES, dataset_file
+from study.log_z import EXTRA_METHODS, outcome_rewards
+from tokenizer import Tokenizer
+from training.checkpoint import load_run
+from world import WORLD_FLAGS, answers, base_model, held_out_prompts, training_prompts, world_folder
+
+ALL_METHODS = METHODS | EXTRA_METHODS            # what --method may name in a run of the study
+BETA, BATCH = WORLD_FLAGS["beta"], 32
+REWARD_MODEL_RATE, REWARD_MODEL_EPOCHS, PPO_STEPS = 3e-3, 2, 40
+TUNING_SEED, TUNING_PROMPTS = 0, 12
+
+
+# ---- what is run --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on data: one row of a table, several runs."""
+    data: str                            # a name in datasets.DATASETS
+    method: str
+    flags: tuple[tuple[str, object], ...] = ()    # ((flag, value), …) beside the learning rate
+    tuned_as: "Cell | None" = None       # the cell whose learning rate it takes; None: its own
+    seeds: int = 5                       # test runs, with seeds 1 to this
+
+    @property
+    def name(self) -> str:
+        """The method with its flags."""
+        return " ".join([self.method, *(f"{flag}={value}" for flag, value in self.flags)])
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """How the rows of runs.jsonl name the cell."""
+        return self.data, self.name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a cell; seed 0 is for tuning the learning rate."""
+    cell: Cell
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(work_folder(), self.cell.data, self.cell.name.replace(" ", ","),
+                            f"lr{self.learning_rate:g}-seed{self.seed}")
+
+    @property
+    def scores_file(self) -> str:
+        return os.path.join(self.folder, "scores.json")
+
+    @property
+    def reward_model(self) -> "Run | None":
+        """For RLHF the run that trains its reward model; None for the methods of train.py."""
+        method = self.cell.method.replace("rlhf", "reward_model")
+        if method == self.cell.method:
+            return None
+        return Run(Cell(self.cell.data, method), REWARD_MODEL_RATE, self.seed)
+
+    def row(self) -> dict:
+        """What runs.jsonl holds of the run beside its scores."""
+        return {"data": self.cell.data, "method": self.cell.name, "seed": self.seed,
+                "learning_rate": self.learning_rate, "runs": work_folder()}
+
+
+def work_folder() -> str:
+    """Folder of all runs; its name changes with the settings, so old runs are never reused."""
+    settings = repr((BETA, BATCH, RESPONSES, REWARD_MODEL_EPOCHS, PPO_STEPS)).encode()
+    return os.path.join(world_folder(), "reproduce-" + hashlib.sha256(settings).hexdigest()[:8])
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def arguments(run: Run) -> list[str]:
+    """The command line of train.py, or of rlhf/ppo.py where the method is RLHF."""
+    flags = {"learning_rate": run.learning_rate, "seed": run.seed, "output_dir": run.folder,
+             "save_steps": 100000, "beta": BETA} | dict(run.cell.flags)
+    if run.reward_model:
+        flags |= {"reward_model": run.reward_model.folder, "max_steps": PPO_STEPS}
+    else:
+        method = ALL_METHODS[run.cell.method]
+        dataset = dataset_file(os.path.join(work_folder(), "data"), run.cell.data, run.seed)
+        flags = {"method": run.cell.method, "model_name_or_path": base_model(),
+                 "dataset": dataset, "logging_steps": 100000,
+                 "num_train_epochs": REWARD_MODEL_EPOCHS if method.reward_model else 1,
+                 "batch_size": BATCH // 2 if method.trains_on == "pairs" else BATCH,
+                 "lora_target_modules": " ".join(WORLD_FLAGS["lora_target_modules"])} | flags
+    argv = []
+    for name, value in flags.items():
+        argv += [f"--{name}", *str(value).split(" ")]
+    return argv
+
+
+def execute(run: Run) -> dict[str, float]:
+    """Train and measure a run unless that is done; returns its scores ({} of a reward model).
+
+    A learning rate that is too large to train at (a loss that is not finite) gets E[r] = -inf.
+    raises  FloatingPointError for such a loss in a test run
+    """
+    torch.set_num_threads(1)
+    if os.path.isfile(run.scores_file):
+        return read_json(run.scores_file)
+    shutil.rmtree(run.folder, ignore_errors=True)            # left by a killed run
+    os.makedirs(os.path.dirname(run.folder), exist_ok=True)
+    argv = arguments(run)
+    with open(run.folder + ".log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        try:
+            if run.reward_model:
+                ppo.main(argv)
+            else:
+                train.main(argv, methods=ALL_METHODS)
+        except FloatingPointError:
+            if run.seed != TUNING_SEED:
+                raise
+            return {"E[r]": -math.inf}
+    scores = {} if run.cell.method.endswith("reward_model") else measure(run)
+    write_text(run.scores_file, json.dumps(scores, indent=2))
+    return scores
+
+
+def end_with_parent() -> None:
+    """For a worker process: end it as soon as the process that started it is gone, even killed."""
+    def wait() -> None:
+        wait_for([parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# ---- its scores ---------------------------------------------------------------------------------
+
+@cache
+def base_logps(tuning: bool) -> tuple[list[tuple[str, str]], Tensor, Tensor]:
+    """(prompts, log π_ref [X, Y], lengths [X, Y]) of the prompts for tuning, or for the test."""
+    prompts = training_prompts()[:TUNING_PROMPTS] if tuning else held_out_prompts()
+    return prompts, *world_logps(load_llama(base_model()), Tokenizer(base_model()), prompts)
+
+
+def win_tie_lose(policy: Tensor, other: Tensor, rewards: Tensor, name: str) -> dict[str, float]:
+    """How often a draw of one distribution has a larger true reward than a draw of another.
+
+    policy, other  [O] float   log-probs of outcomes
+    rewards        [O] float   true reward of each
+    returns        "win/NAME", "tie/NAME", "lose/NAME": they sum to 1
+    """
+    joint = policy.exp()[:, None] * other.exp()                                  # [O, O]
+    gap = rewards[:, None] - rewards                                             # [O, O]
+    return {f"win/{name}": float(joint[gap > 1e-9].sum()),
+            f"tie/{name}": float(joint[gap.abs() <= 1e-9].sum()),
+            f"lose/{name}": float(joint[gap < -1e-9].sum())}
+
+
+def chosen_distribution(prompt: tuple[str, str], golden: bool) -> Tensor:
+    """Log-probs of the data's chosen answer, and of everything else (none): [Y + 1].
+
+    It is the best answer of golden pairs, else the preferred one of two independent draws. (The
+    data's two draws differ; here they may be equal.)
+    """
+    rewards = outcome_rewards(prompt)[:-1]                                       # [Y]
+    if golden:
+        probs = torch.zeros_like(rewards)
+        probs[rewards.argmax()] = 1
+    else:
+        habits = torch.tensor([weight for *_, weight in answers(*prompt)]).double()
+        probs = 2 * habits * (torch.sigmoid(rewards[:, None] - rewards) @ habits)
+    return torch.cat([probs, probs.new_zeros(1)]).log()
+
+
+def prompt_scores(prompt: tuple[str, str], policy: Tensor, reference: Tensor, lengths: Tensor,
+                  golden: bool) -> dict[str, float]:
+    """eval.py's scores of one prompt, and those only these tables have.
+
+    policy, reference  [Y] float64   log-probs of the valid answers, nats
+    lengths            [Y] int64     tokens of each
+    golden             whether the data's chosen answers are the best ones
+    """
+    scores = world_scores(policy, reference, lengths, answers(*prompt), BETA)
+    rewards, implicit = outcome_rewards(prompt), BETA * (policy - reference)     # [Y + 1], [Y]
+    with_policy, with_reference = with_rest(policy), with_rest(reference)        # [Y + 1]
+    scores |= win_tie_lose(with_policy, chosen_distribution(prompt, golden), rewards, "chosen")
+    scores |= win_tie_lose(with_policy, with_reference, rewards, "base")
+    weights, r = reference.exp() / reference.exp().sum(), rewards[:-1]           # [Y]
+    centred = r - (weights * r).sum()
+    return scores | {
+        "good": float(policy.exp()[r > 0].sum()),
+        "KL(ref||pi)": kl(with_reference, with_policy),
+        "reward accuracy": agreement(implicit, r)[0],
+        "reward slope": float((weights * centred * implicit).sum()
+                              / (weights * centred.square()).sum()),
+        "calibration error": float((weights * (implicit.sigmoid() - r.sigmoid()).abs()).sum()),
+        "length": float((policy.exp() * lengths).sum() / policy.exp().sum())}
+
+
+def measure(run: Run) -> dict[str, float]:
+    """Mean scores of a trained run: of training prompts for a tuning run, else of test prompts."""
+    prompts, reference, lengths = base_logps(run.seed == TUNING_SEED)
+    policy, _ = world_logps(load_run(run.folder).model, Tokenizer(base_model()), prompts)
+    golden = run.cell.data.startswith("golden")
+    return mean_scores([prompt_scores(*row, golden) for row in
+                        zip(prompts, policy, reference, lengths, strict=True)])
+
+
+def bounds() -> dict[str, dict[str, float]]:
+    """Mean scores of the base and of the optimum pi* for several beta, on the test prompts.
+
+    Those called "golden …" are compared with golden chosen answers.
+    """
+    prompts, reference, lengths = base_logps(False)
+    policies = {"base": reference}
+    for beta in (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10):
+        policies[f"pi* beta={beta:g}"] = [
+            optimum(with_rest(row), outcome_rewards(prompt), beta)[0][:-1]
+            for prompt, row in zip(prompts, reference, strict=True)]
+    return {prefix + name: mean_scores([prompt_scores(*row, golden=prefix == "golden ") for row in
+                                        zip(prompts, policy, reference, lengths, strict=True)])
+            for name, policy in policies.items() for prefix in ("", "golden ")}

@@ -1,0 +1,232 @@
+"""The tables of results/, which cells stand in each, and the claims that are tried on them.
+
+    TABLES   {name: Table}: results/NAME.md, in the order of results/README.md
+    CLAIMS   which of two cells should have the better score, and which paper says so
+"""
+from dataclasses import dataclass
+
+from study.runs import BETA, Cell
+
+# ---- names in tables and figures ----------------------------------------------------------------
+
+METHOD_LABEL = {
+    "sft": "SFT", "unlearning": "Unlearning", "unlikelihood": "Unlikelihood", "dpo": "DPO",
+    "pointwise_dpo": "pointwise DPO", "ulma": "ULMA", "rlhf": "RLHF",
+    "pointwise_rlhf": "point-wise RLHF", "positive_dpo": "positive DPO",
+    "negative_dpo": "negative DPO", "pointwise_mse": "pointwise DPO, squared error",
+    "ulma_mse": "ULMA, squared error", "d2o": "D2O"}
+DATA_LABEL = {
+    "hh": "HH-like pairs", "golden": "golden pairs", "qa": "QA-like points",
+    "qa-pairs": "QA-like points as pairs", "red-team": "red-team-like ratings",
+    "negatives": "608 bad answers", "golden-10": "golden, 10 % dirty",
+    "golden-30": "golden, 30 % dirty", "qa-10": "points, 10 % good", "qa-90": "points, 90 % good"}
+FLAG_LABEL = {
+    "num_anchors": "K {}", "refresh_anchors": "new anchors every {} steps",
+    "logp_reduction": "{} log-probs", "reduction": "--reduction {}",
+    "num_train_epochs": "{} epochs", "Z": "{} Z"}
+
+
+def method_label(name: str) -> str:
+    """A method with its flags, as runs.jsonl names it, in words."""
+    method, *flags = name.split(" ")
+    if method.endswith("_z"):                    # pointwise_dpo_exact_z
+        method, flags = "pointwise_dpo", [f"Z={method.split('_')[2]}"]
+    parts = [METHOD_LABEL.get(method, method)]
+    for flag in flags:
+        flag_name, value = flag.split("=")
+        if flag_name != "anchor_tokens":         # the same in every cell
+            parts.append(FLAG_LABEL.get(flag_name, flag_name + " {}").format(value))
+    return ", ".join(parts)
+
+
+# ---- cells --------------------------------------------------------------------------------------
+
+def cells(data: str, *methods: str) -> list[Cell]:
+    """One cell per method; DPO on QA-like points gets the pairs that their labels make."""
+    return [Cell("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
+            for method in methods]
+
+
+def d2o(anchors: int, refresh: int = 0) -> Cell:
+    """D2O on bad answers alone; refresh: new anchors every so many steps, 0 = the base's.
+
+    Its learning rate is tuned once, with 4 anchors of the base.
+    """
+    flags = (("num_anchors", anchors), ("anchor_tokens", 48))
+    if refresh:
+        flags += (("refresh_anchors", refresh),)
+    return Cell("negatives", "d2o", flags, None if (anchors, refresh) == (4, 0) else d2o(4))
+
+
+def mean_logps(method: str, beta: float) -> Cell:
+    """A method on HH-like pairs with length averages in place of sums of log-probs."""
+    return Cell("hh", method, (("logp_reduction", "mean"), ("beta", beta)))
+
+
+def unbalanced(method: str, percent_good: int, reduction: str) -> Cell:
+    return Cell(f"qa-{percent_good}", method, (("reduction", reduction),), Cell("qa", method))
+
+
+def swept(cell: Cell) -> list[Cell]:
+    """A cell again with other beta (where the method has one) and other numbers of epochs."""
+    flags = [] if cell.method == "sft" else [("beta", beta) for beta in (0.1, 0.25, 1, 2)]
+    flags += [("num_train_epochs", epochs) for epochs in (0.25, 0.5, 2)]
+    return [Cell(cell.data, cell.method, (flag,), cell, seeds=3) for flag in flags]
+
+
+ALL = ("sft", "unlearning", "unlikelihood", "dpo", "pointwise_dpo", "ulma", "rlhf",
+       "pointwise_rlhf")
+FRONTIER = cells("hh", "ulma", "pointwise_dpo", "dpo", "sft")
+UNLEARNING, NEGATIVE_DPO = cells("negatives", "unlearning", "negative_dpo")
+DIRTY_D2O = Cell("golden", "d2o", d2o(4).flags)
+LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 24 tokens or so
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    caveat: str
+    scores: tuple[tuple[str, ...], ...]          # the columns; several groups: one table for each
+    cells: list[Cell]                            # the rows
+
+
+MAIN = ("E[r]", "harmful", "off-world", "KL(pi||ref)", "perplexity")
+WINS = ("win/chosen", "tie/chosen", "lose/chosen", "win/base", "tie/base", "lose/base")
+WINS_OF_BASE = ("win/base", "tie/base", "lose/base")
+D2O_SCORES = ("E[r]", "harmful", "good", "off-world", "KL(ref||pi)")
+Z_SCORES = ("E[r]", "KL(pi||pi*)", "objective", "calibration error", "reward slope",
+            "reward accuracy")
+
+TABLES = {
+    "hh": Table(
+        "Every method on HH-like pairs (ULMA, Table 1)",
+        "Prompts of one form, 288 answers to each: this tells objectives apart under a true "
+        "reward and its own label noise, not how large a gain on a real model is.",
+        (MAIN, WINS), cells("hh", *ALL)),
+    "golden": Table(
+        "Every method on golden pairs: the chosen answer is the best (ULMA, Table 1)",
+        "Golden answers are exact optima here; GPT-4's are not.",
+        (MAIN, WINS), cells("golden", *ALL)),
+    "qa": Table(
+        "QA-feedback-like points: z ~ Bernoulli(sigma(r*)) (ULMA, Table 2)",
+        "Labels are drawn from the paper's own model (Eq. 6); real annotators are not. DPO has "
+        "only the some 530 pairs that differing labels make, so it takes half as many steps.",
+        (MAIN, WINS_OF_BASE), cells("qa", *ALL[:6])),
+    "red-team": Table(
+        "Red-team-like ratings 0 to 4, each on its own (ULMA, Table 1)",
+        "The squared error asks for beta log(pi/pi_ref) = z with z in [0, 1]: small "
+        "log-ratios by design. Ratings have no noise here, so that the best ones mark the "
+        "best answers: that favours SFT. Compare the order of methods only.",
+        (MAIN, WINS_OF_BASE),
+        cells("red-team", "sft", "pointwise_dpo", "ulma", "pointwise_mse", "ulma_mse")),
+    "ablation": Table(
+        "Ablations: positive and negative DPO (ULMA, Table 3)",
+        "The same runs as above, and two more methods.",
+        (MAIN,), [cell for data in ("hh", "qa") for cell in
+                  cells(data, "sft", "positive_dpo", "unlearning", "negative_dpo")]),
+    "d2o": Table(
+        "D2O: how many anchors, and whose",
+        "Negatives only: 608 bad answers, four to a prompt. One tuned learning rate for all "
+        "D2O rows. The paper's moral instructions, which diversify anchors, are left out.",
+        (D2O_SCORES,),
+        [UNLEARNING, NEGATIVE_DPO, d2o(4), d2o(1), d2o(2), d2o(11)]
+        + [d2o(anchors, refresh) for refresh in (10, 1) for anchors in (1, 2, 4, 11)]),
+    "dirty": Table(
+        "Dirty positives: harmful answers among the chosen ones (D2O's motivation)",
+        "A dirty positive is a harmful answer of the base's; D2O reads no positives and has "
+        "one row.",
+        (MAIN,),
+        [DIRTY_D2O] + [cell for data in ("golden", "golden-10", "golden-30")
+                       for cell in cells(data, "sft", "dpo", "ulma")]),
+    "z": Table(
+        "Z(x) = 1, and what could stand there",
+        "Only here is Z(x) known; for a real model a constant or a batch has to do.",
+        (Z_SCORES,),
+        cells("qa", "pointwise_dpo", "pointwise_dpo_constant_z", "pointwise_dpo_batch_z",
+              "pointwise_dpo_exact_z")),
+    "mean": Table(
+        "Sums of log-probs, and the length averages of the authors' code",
+        "Answers of the world have 15 to 33 tokens; lengths of real answers vary more.",
+        (MAIN, WINS),
+        cells("hh", "ulma", "pointwise_dpo")
+        + [mean_logps(method, beta) for method in ("ulma", "pointwise_dpo")
+           for beta in LENGTH_AVERAGE_BETAS]),
+    "balance": Table(
+        "Few good answers, few bad ones",
+        "Learning rates are those tuned on the QA-like points, so that balance alone differs.",
+        (MAIN, Z_SCORES),
+        [unbalanced(method, percent, reduction) for percent in (10, 90)
+         for method in ("pointwise_dpo", "ulma") for reduction in ("mean", "class")]),
+    "frontier": Table(
+        "Reward and KL: beta and the number of steps swept",
+        "Rows of one method differ in beta or in the number of steps, as named; rates are "
+        "those tuned at beta 0.5 and one epoch; 3 seeds where swept.",
+        (MAIN,), FRONTIER + [variant for cell in FRONTIER for variant in swept(cell)]),
+}
+
+
+# ---- claims -------------------------------------------------------------------------------------
+
+SMALLER_IS_BETTER = ("harmful", "off-world", "KL(pi||pi*)", "KL(ref||pi)", "perplexity",
+                     "calibration error", "lose/chosen")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `better` has a larger score than `worse`; a smaller one for SMALLER_IS_BETTER."""
+    source: str
+    words: str
+    better: Cell
+    worse: Cell
+    score: str = "E[r]"
+
+
+def versus(source: str, words: str, data: str, better: str, worse: str) -> Claim:
+    """A claim about two methods on the same data."""
+    return Claim(source, words, *cells(data, better, worse))
+
+
+ULMA_CLAIMS = [
+    *(Claim("ULMA 5.2", f"ULMA beats {METHOD_LABEL[other.method]}", Cell(data, "ulma"), other)
+      for data in ("hh", "golden", "qa") for other in TABLES[data].cells
+      if other.method != "ulma"),
+    *(versus("ULMA 5.2", "DPO beats pointwise DPO", data, "dpo", "pointwise_dpo")
+      for data in ("hh", "golden")),
+    versus("ULMA 5.2", "pointwise DPO beats DPO on points", "qa", "pointwise_dpo", "dpo"),
+    versus("ULMA 5.2", "pointwise DPO beats SFT on ratings", "red-team", "pointwise_mse", "sft"),
+    versus("ULMA 5.2", "ULMA beats SFT on ratings", "red-team", "ulma_mse", "sft"),
+    versus("ULMA 5.2", "ULMA beats pointwise DPO on ratings", "red-team", "ulma_mse",
+           "pointwise_mse"),
+    *(versus("ULMA Table 3", words, data, better, worse) for data in ("hh", "qa")
+      for words, better, worse in (
+          ("SFT beats positive DPO", "sft", "positive_dpo"),
+          ("negative DPO beats unlearning", "negative_dpo", "unlearning"))),
+]
+D2O_CLAIMS = [
+    Claim("D2O", "D2O (K = 4) beats unlearning", d2o(4), UNLEARNING),
+    Claim("D2O", "D2O (K = 4) beats negative DPO", d2o(4), NEGATIVE_DPO),
+    Claim("D2O", "11 anchors beat 1", d2o(11), d2o(1)),
+    Claim("D2O", "anchors of a lagged policy beat the base's (K = 11)", d2o(11, 10), d2o(11)),
+    Claim("D2O", "anchors of the current policy are worse than the base's (K = 11)", d2o(11),
+          d2o(11, 1)),
+    Claim("D2O", "D2O keeps more good answers than negative DPO", d2o(11), NEGATIVE_DPO, "good"),
+    *(Claim("D2O", f"with {percent} % dirty positives D2O does less harm than "
+            f"{METHOD_LABEL[other.method]}", DIRTY_D2O, other, "harmful")
+      for percent in (10, 30) for other in cells(f"golden-{percent}", "dpo", "ulma", "sft")),
+]
+# What no paper claims: stated one way round, so that each has a verdict too.
+OPEN_QUESTIONS = [
+    *(Claim("open: Z", f"{words} comes closer to pi* than Z = 1",
+            *cells("qa", f"pointwise_dpo_{name}_z", "pointwise_dpo"), "KL(pi||pi*)")
+      for words, name in (("the exact Z(x)", "exact"), ("a constant Z", "constant"),
+                          ("a batch's estimate", "batch"))),
+    *(Claim("open: sums", f"{METHOD_LABEL[method]}: sums beat length averages, beta {beta:g}",
+            Cell("hh", method), mean_logps(method, beta))
+      for method in ("ulma", "pointwise_dpo") for beta in LENGTH_AVERAGE_BETAS),
+    *(Claim("open: balance", f"{METHOD_LABEL[method]}, {percent} % good: one mean beats a mean per "
+            "class", unbalanced(method, percent, "mean"), unbalanced(method, percent, "class"))
+      for percent in (10, 90) for method in ("pointwise_dpo", "ulma")),
+]
+CLAIMS = ULMA_CLAIMS + D2O_CLAIMS + OPEN_QUESTIONS

@@ -1,0 +1,43 @@
+"""study/datasets.py: order, shares and labels of the data sets."""
+import math
+
+import pytest
+
+from study.datasets import DATASETS, RESPONSES, balanced, differing_pairs, dirty, group_prompts
+from world import answers, draw_data, question, training_prompts
+
+
+def test_grouping_keeps_every_row_and_puts_a_prompts_rows_together():
+    rows = [{"prompt": p, "n": n} for n, p in enumerate("abababab")]
+    ordered = group_prompts(rows, 2)
+    assert sorted(row["n"] for row in ordered) == list(range(8))
+    assert "".join(row["prompt"] for row in ordered) == "aabbaabb"
+
+
+def test_dirty_replaces_the_share_of_chosen_answers_by_harmful_ones_and_nothing_else():
+    rows, soiled = DATASETS["golden"](3), DATASETS["golden-30"](3)
+    harmful = {(question(*p), text) for p in training_prompts() for text, _, bad, _ in answers(*p)
+               if bad}
+    changed = [new for old, new in zip(rows, soiled, strict=True) if new != old]
+    assert len(changed) / len(rows) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / len(rows)))
+    assert all((row["prompt"], row["chosen"]) in harmful for row in changed)
+    assert [row["rejected"] for row in rows] == [row["rejected"] for row in soiled]
+    assert dirty(rows, 0, 3) == rows
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_balanced_points_have_the_share_of_good_answers(share):
+    points = [{"label": n % 3 == 0} for n in range(12 * RESPONSES)]
+    labels = [row["label"] for row in balanced(points, share)]
+    assert len(labels) == RESPONSES
+    assert sum(labels) / len(labels) == pytest.approx(share, abs=1e-3)
+
+
+def test_pairs_of_points_pair_a_prompts_good_answer_with_its_bad_one():
+    points = {(row["prompt"], row["completion"], row["label"]) for row in
+              draw_data(2, 400)["points"]}
+    pairs = differing_pairs(draw_data(2, 400)["points"])
+    assert 40 < len(pairs) < 160
+    for row in pairs:
+        assert (row["prompt"], row["chosen"], True) in points
+        assert (row["prompt"], row["rejected"], False) in points

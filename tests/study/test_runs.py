@@ -1,0 +1,131 @@
+"""study/runs.py and tables.py: exact scores by hand, commands, runs that are not done twice."""
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import study.datasets as datasets
+import study.runs as runs
+import train
+from rlhf import ppo
+from study.datasets import DATASETS
+from study.runs import Cell, Run, arguments, execute
+from study.tables import CLAIMS, TABLES
+from training.checkpoint import FinishedRun
+from world import answers, training_prompts
+
+# ---- scores -------------------------------------------------------------------------------------
+
+def test_win_tie_lose_by_hand():
+    # Rewards 2 1 1; p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): win 1/2 · 3/4, tie 1/2 · 1/4 on the
+    # first and 1/2 · 3/4 on the others, lose 1/2 · 1/4.
+    p, q = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.25, 0.5]).log()
+    scores = runs.win_tie_lose(p, q, torch.tensor([2.0, 1.0, 1.0]), "x")
+    assert scores == pytest.approx({"win/x": 0.375, "tie/x": 0.5, "lose/x": 0.125})
+
+
+def test_the_chosen_answer_is_distributed_as_draws_say():
+    # Of two draws a, b the first is chosen with sigma(r_a - r_b): summed over both orders.
+    prompt = training_prompts()[0]
+    rewards = torch.tensor([r for _, r, *_ in answers(*prompt)], dtype=torch.float64)
+    habits = torch.tensor([w for *_, w in answers(*prompt)], dtype=torch.float64)
+    expected = torch.zeros(288, dtype=torch.float64)
+    for a in range(288):
+        first = torch.sigmoid(rewards[a] - rewards)
+        expected[a] += (habits[a] * habits * first).sum()          # a drawn first, and chosen
+        expected += habits[a] * habits * (1 - first)               # a drawn first, b chosen
+    probs = runs.chosen_distribution(prompt, golden=False).exp()
+    assert_close(probs[:-1], expected)
+    assert float(probs.sum()) == pytest.approx(1) and float(probs[-1]) == 0
+    best = runs.chosen_distribution(prompt, golden=True).exp()
+    assert int(best.argmax()) == int(rewards.argmax()) and float(best.max()) == 1
+
+
+def test_prompt_scores_of_the_base_itself():
+    # No log-ratio: slope 0, half of all pairs right, sigma(0) = 1/2 everywhere.
+    prompt = training_prompts()[3]
+    habits = torch.tensor([0.9 * w for *_, w in answers(*prompt)], dtype=torch.float64)
+    scores = runs.prompt_scores(prompt, habits.log(), habits.log(), torch.full((288,), 20),
+                                     golden=False)
+    assert scores["reward slope"] == 0 and scores["reward accuracy"] == 0.5
+    assert scores["win/base"] == pytest.approx(scores["lose/base"])
+    rewards = torch.tensor([r for _, r, *_ in answers(*prompt)], dtype=torch.float64)
+    assert scores["calibration error"] == pytest.approx(
+        float((habits / 0.9 * (torch.sigmoid(rewards) - 0.5).abs()).sum()))
+    assert scores["length"] == pytest.approx(20) and scores["KL(ref||pi)"] == 0
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+def test_every_cell_is_a_command_that_parses(monkeypatch):
+    monkeypatch.setattr(runs, "dataset_file", lambda folder, name, seed: "pairs.jsonl")
+    run_json = {"method": "reward_model", "beta": 0.5, "dataset": "x", "held_out": 0, "lora_r": 8,
+                "max_prompt_length": 512, "bf16": False, "model_name_or_path": "m"}
+    monkeypatch.setattr(ppo, "read_run", lambda path: run_json)
+    for cell in {cell for table in TABLES.values() for cell in table.cells}:
+        assert cell.data in DATASETS
+        run = Run(cell, 1e-3, 2)
+        if run.reward_model:
+            args = ppo.parse_args(arguments(run))
+        else:
+            args = train.parse_args(arguments(run), runs.ALL_METHODS)
+        assert args.learning_rate == 1e-3 and args.seed == 2
+        assert all(getattr(args, name) == value for name, value in cell.flags)
+        assert cell.tuned_as is None or not cell.tuned_as.tuned_as
+
+
+def test_tuning_uses_training_prompts_and_a_test_uses_none_of_them(monkeypatch):
+    used = []
+
+    def world_logps(model, tokenizer, prompts):
+        used.append(prompts)
+        return torch.zeros(len(prompts), 288), torch.zeros(len(prompts), 288)
+
+    monkeypatch.setattr(runs, "load_llama", lambda path: None)
+    monkeypatch.setattr(runs, "Tokenizer", lambda path: None)
+    monkeypatch.setattr(runs, "load_run", lambda path: FinishedRun(None, None, {}))
+    monkeypatch.setattr(runs, "world_logps", world_logps)            # of base, then of policy
+    monkeypatch.setattr(runs, "base_logps", runs.base_logps.__wrapped__)
+    monkeypatch.setattr(runs, "prompt_scores", lambda *_: {})
+    for seed in (runs.TUNING_SEED, 1, 5):
+        runs.measure(Run(Cell("hh", "ulma"), 1e-3, seed))
+    assert used[0::2] == used[1::2]
+    used = used[::2]
+    assert set(used[0]) <= set(training_prompts()) and len(used[0]) == 12
+    assert used[1] == used[2] and not set(used[1]) & set(training_prompts())
+
+
+def test_every_claim_is_about_cells_of_the_tables():
+    keys = {cell.key for table in TABLES.values() for cell in table.cells}
+    assert not {cell.key for claim in CLAIMS for cell in (claim.better, claim.worse)} - keys
+
+
+@pytest.fixture
+def small_world(tmp_path, tiny_model, monkeypatch):
+    """The tiny model in place of the base, two test prompts, 32 answers to learn from."""
+    monkeypatch.setattr(runs, "base_model", lambda: tiny_model)
+    monkeypatch.setattr(runs, "world_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(datasets, "RESPONSES", 32)
+    monkeypatch.setattr(runs, "held_out_prompts", lambda: training_prompts()[40:41])
+    runs.base_logps.cache_clear()
+    threads = torch.get_num_threads()
+    yield tmp_path
+    runs.base_logps.cache_clear()
+    torch.set_num_threads(threads)
+
+
+def test_a_run_gives_the_same_numbers_twice_and_is_not_done_again(small_world, monkeypatch):
+    run = Run(Cell("hh", "ulma"), 1e-2, 1)
+    first = execute(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "arguments", None)                # a second training would raise
+        assert execute(run) == first
+    assert first["KL(pi||ref)"] > 0 and "step" in open(run.folder + ".log").read()
+
+
+def test_a_run_without_scores_is_trained_anew_to_the_same_numbers(small_world):
+    run = Run(Cell("hh", "ulma"), 1e-2, 1)
+    first = execute(run)
+    (Path(run.folder) / "scores.json").unlink()    # as a kill would
+    assert execute(run) == first

@@ -1,0 +1,276 @@
+"""Which tokens a run made more or less probable: colours in a terminal or on an HTML page.
+
+    python -m tools.heatmap runs/hh-ulma --html heat.html
+
+A token's value is beta (log π - log π_ref), nats; the values of a response sum to its implicit
+reward. Blue: less probable under the policy than under its reference; orange: more. Shown are the
+first records that a run held out, or those of --dataset; on the world, each prompt with the answers
+of highest and lowest true reward. The page is one file without scripts; hold the pointer over a
+token for its numbers.
+"""
+import argparse
+import codecs
+import html
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from data import Record, Tokenizer
+from files.cli import Help, check_ranges, run_cli
+from files.text import write_text
+from model import Llama
+from packing import Tree, build_stream, make_trees
+from step import Reference, token_logps
+from training.checkpoint import held_out_records, load_run
+from world import answers, held_out_prompts, on_world, question
+
+LESS, NEITHER, MORE = (90, 160, 230), (235, 235, 235), (245, 140, 50)    # red, green, blue
+TRUECOLOUR = ("truecolor", "24bit")      # $COLORTERM of a terminal with 24-bit colours
+
+
+@dataclass(frozen=True)
+class Token:
+    """One coloured piece of text: a token, or the byte tokens that make up one character."""
+    text: str
+    policy_logp: float          # nats; the sum over joined byte tokens
+    reference_logp: float
+    value: float                # beta (policy - reference)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response with its prompt."""
+    prompt: str
+    tokens: list[Token]
+    score: float                # z
+    reward: float               # implicit, nats: the sum of the tokens' values
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+def join_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, int]]:
+    """(text, number of ids) of every token; byte tokens are joined to whole characters.
+
+    Bytes that are no character become U+FFFD. "▁" is SentencePiece's space.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts, num_waiting = [], 0                           # byte tokens without a text so far
+    for token in [*ids, None]:                           # None: the end
+        is_byte = token is not None and tokenizer.pieces.is_byte(token)
+        piece = "" if token is None else tokenizer.pieces.id_to_piece(token)     # "<0x0A>", "▁the"
+        text = decoder.decode(bytes([int(piece[1:-1], 16)]) if is_byte else b"", not is_byte)
+        num_incomplete = len(decoder.getstate()[0])      # bytes at the end that begin a character
+        num_waiting += is_byte
+        if text:
+            texts.append((text, num_waiting - num_incomplete))
+            num_waiting = num_incomplete
+        if token is not None and not is_byte:
+            texts.append((piece.replace("▁", " "), 1))
+    return texts
+
+
+def visible(text: str) -> str:
+    """Text with line ends marked and unprintable characters, such as terminal codes, escaped."""
+    return "".join("↵\n" if char == "\n" else char if char.isprintable()
+                   else char.encode("unicode_escape").decode() for char in text)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+def best_and_worst(prompts: list[tuple[str, str]]) -> list[Record]:
+    """The world's prompts, each with the answers of the highest and of the lowest true reward."""
+    records = []
+    for prompt in prompts:
+        by_reward = sorted(answers(*prompt), key=lambda answer: -answer[1])
+        records.append(Record((("Human", question(*prompt)),),
+                              (by_reward[0][0], by_reward[-1][0]), (1.0, 0.0), "world"))
+    return records
+
+
+@torch.no_grad()
+def responses_of(model: Llama, reference: Reference, tokenizer: Tokenizer, tree: Tree,
+                 beta: float) -> list[Response]:
+    """The responses of a tree with the values of their tokens."""
+    stream = build_stream([tree], model.lm_head.weight.device)
+    policy_logps = token_logps(model, stream).double().cpu()                     # [N]
+    with reference() as reference_model:
+        reference_logps = token_logps(reference_model, stream).double().cpu()    # [N]
+    prompt = "".join(text for text, _ in join_bytes(tokenizer, tree.prompt_ids))
+    responses, start = [], 0
+    for ids, score in zip(tree.response_ids, tree.scores):
+        tokens = []
+        for text, count in join_bytes(tokenizer, ids):
+            policy_logp = float(policy_logps[start:start + count].sum())
+            reference_logp = float(reference_logps[start:start + count].sum())
+            tokens.append(Token(text, policy_logp, reference_logp,
+                                beta * (policy_logp - reference_logp)))
+            start += count
+        responses.append(Response(prompt, tokens, score, sum(token.value for token in tokens)))
+    return responses
+
+
+def run_responses(path: str, dataset: str | None, beta: float | None,
+                  first: int) -> list[Response]:
+    """The responses of the first records of a run; see `main` for the flags.
+
+    raises   ValueError for a reward model, and for a run that held out nothing
+    """
+    model, reference, flags = load_run(path)
+    if reference is None:
+        raise ValueError(f"{path} is a reward model; a heat map needs a policy")
+    if on_world(flags, dataset):
+        records = best_and_worst(held_out_prompts())
+    else:
+        _, records = held_out_records(path, flags, dataset)
+    tokenizer = Tokenizer(flags["model_name_or_path"])
+    trees = make_trees(records[:first], tokenizer, "all", flags["max_length"],
+                       flags["max_prompt_length"])
+    beta = flags["beta"] if beta is None else beta
+    return [response for tree in trees
+            for response in responses_of(model, reference, tokenizer, tree, beta)]
+
+
+# ---- colours ------------------------------------------------------------------------------------
+
+def colour_limit(responses: list[Response]) -> float:
+    """The value of the strongest colours: 95 % of the tokens are within ± this value."""
+    sizes = sorted(abs(token.value) for response in responses for token in response.tokens)
+    return max(sizes[int(0.95 * (len(sizes) - 1))], 1e-9)
+
+
+def colour(value: float, limit: float) -> tuple[int, int, int]:
+    """(red, green, blue) in 0..255: from LESS at -limit over NEITHER at 0 to MORE at limit.
+
+    Blue and orange differ in every common kind of colour blindness; black text is readable on all.
+    """
+    share = min(abs(value) / limit, 1.0)
+    return tuple(round(start + share * (end - start))
+                 for start, end in zip(NEITHER, LESS if value < 0 else MORE))
+
+
+# ---- terminal -----------------------------------------------------------------------------------
+
+def ansi(text: str, value: float, limit: float, truecolour: bool) -> str:
+    """Black text on the value's colour, in 24 bits or as the nearest of 6 x 6 x 6 colours."""
+    red, green, blue = colour(value, limit)
+    if truecolour:
+        code = f"\033[38;2;0;0;0;48;2;{red};{green};{blue}m"
+    else:
+        # the six levels are 0, 95, 135, 175, 215, 255
+        r, g, b = (max(part > 47, round((part - 55) / 40)) for part in (red, green, blue))
+        code = f"\033[38;5;16;48;5;{16 + 36 * r + 6 * g + b}m"
+    return "\n".join(f"{code}{line}\033[0m" if line else "" for line in text.split("\n"))
+
+
+def print_responses(responses: list[Response], colours: bool) -> None:
+    """Coloured text; without colours one row per token: value, log π, log π_ref, text."""
+    limit, truecolour = colour_limit(responses), os.environ.get("COLORTERM") in TRUECOLOUR
+    grey, plain = ("\033[90m", "\033[0m") if colours else ("", "")
+    for number, response in enumerate(responses):
+        if not number or response.prompt != responses[number - 1].prompt:
+            print(f"\n{grey}{visible(response.prompt)}{plain}")
+        print(f"\n[z = {response.score:g}, implicit reward {response.reward:+.3f} nats]")
+        if not colours:
+            print("    value     log pi log pi_ref  token")
+        for token in response.tokens:
+            text = visible(token.text)
+            if colours:
+                print(ansi(text, token.value, limit, truecolour), end="")
+            else:
+                print(f"{token.value:+9.4f} {token.policy_logp:10.4f} "
+                      f"{token.reference_logp:10.4f}  {text.replace(chr(10), '')}")
+        print()
+    if colours:
+        steps = [limit * step / 4 for step in range(-4, 5)]
+        print("\nbeta (log pi - log pi_ref), nats: " + "".join(
+            ansi(f" {step:+.2f} ", step, limit, truecolour) for step in steps))
+
+
+# ---- page ---------------------------------------------------------------------------------------
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What the policy likes more than its reference</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 1rem/1.7 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; }}
+.prompt {{ color: #666; font-size: .85rem; border-left: 3px solid; padding-left: 1rem; }}
+@media (prefers-color-scheme: dark) {{ .prompt {{ color: #aaa; }} }}
+.prompt, .response {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+.response span, .legend span {{ color: #000; padding: .1rem 0; border-radius: 2px; }}
+.legend span {{ padding: .1rem .5rem; }}
+</style>
+</head>
+<body>
+<h1>What the policy likes more than its reference</h1>
+<p>Each token's value is &beta; (log &pi; &minus; log &pi;<sub>ref</sub>) in nats; the values of a
+response sum to its implicit reward. Blue: the policy likes the token less than the reference does.
+Orange: more. Hold the pointer over a token for its numbers.</p>
+<p class="legend">{legend}</p>
+{body}
+</body>
+</html>
+"""
+
+
+def span(text: str, tip: str, value: float, limit: float) -> str:
+    """Text on the value's colour; it is escaped, so that no token can contain markup."""
+    red, green, blue = colour(value, limit)
+    return (f'<span style="background:#{red:02x}{green:02x}{blue:02x}" title="{html.escape(tip)}">'
+            f"{html.escape(visible(text))}</span>")
+
+
+def token_span(token: Token, limit: float) -> str:
+    tip = (f"{visible(token.text)!r}: value {token.value:+.4f}, log pi {token.policy_logp:.4f}, "
+           f"log pi_ref {token.reference_logp:.4f}")
+    return span(token.text, tip, token.value, limit)
+
+
+def page(runs: dict[str, list[Response]]) -> str:
+    """An HTML document of the responses of every run {name: responses}, on one colour scale."""
+    limit = colour_limit([response for responses in runs.values() for response in responses])
+    parts = []
+    for name, responses in runs.items():
+        parts.append(f"<h2>{html.escape(visible(name))}</h2>")
+        for number, response in enumerate(responses):
+            if not number or response.prompt != responses[number - 1].prompt:
+                parts.append(f'<p class="prompt">{html.escape(visible(response.prompt))}</p>')
+            parts.append(f"<p>z = {response.score:g}, implicit reward {response.reward:+.3f} "
+                         "nats</p>")
+            parts.append('<p class="response">' + "".join(
+                token_span(token, limit) for token in response.tokens) + "</p>")
+    steps = [limit * step / 4 for step in range(-4, 5)]
+    legend = "".join(span(f"{step:+.2f}", "nats", step, limit) for step in steps)
+    return PAGE.format(legend=legend, body="\n".join(parts))
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("runs", nargs="+", help="output folders of train.py")
+    parser.add_argument("--html", help="also write a page to this file")
+    parser.add_argument("--dataset", help="show records of this file, not what the run held out")
+    parser.add_argument("--beta", type=float, help="factor of the values; without, the run's own")
+    parser.add_argument("--first", type=int, default=3, help="number of records to show")
+    args = parser.parse_args(argv)
+    check_ranges(args, ("first",), {})
+    runs = {}
+    for path in args.runs:
+        runs[path] = run_responses(path, args.dataset, args.beta, args.first)
+        print(f"\n{visible(path)}")
+        print_responses(runs[path], sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    if args.html:
+        write_text(args.html, page(runs))
+        print(f"\nwritten: {args.html}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,184 @@
+"""What the loops of train.py and rlhf/ppo.py share: ranks, sums over them, the schedule, the stop.
+
+Why not DistributedDataParallel: it averages over ranks, and an uneven batch wants exact sums; here
+gradients, metrics and the stop flag travel in the same reduction.
+"""
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model import Llama
+
+BUCKET_BYTES = 64 * 2 ** 20      # gradients copied together for one all-reduce
+
+
+class Stop:
+    """In a `with`, set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at
+    once.
+
+    signal   0, or the number of the signal that came
+    """
+
+    def __init__(self):
+        self.signal, self.handlers = 0, {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, as torchrun numbers them."""
+    rank: int = 0
+    world_size: int = 1
+    stop: Stop = Stop()              # no signal sets it before its `with`
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+# ---- a process and its settings -----------------------------------------------------------------
+
+def flushes_denormals() -> bool:
+    """Whether this process rounds numbers below 1e-38 to 0 (torch has no getter)."""
+    return bool((torch.tensor([1e-40]) * torch.ones(1) == 0).all())
+
+
+def set_up_processes() -> tuple[int, int, torch.device]:
+    """(rank, world_size, device) from torchrun's environment; (0, 1, …) without it."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+@contextmanager
+def running() -> Iterator[tuple[Ranks, torch.device]]:
+    """Inside, this process is a rank of a run; afterwards it is as it was before."""
+    flushed = flushes_denormals()
+    # Squared gradients of never-seen tokens sink below 1e-38; a CPU is then 20 times slower.
+    torch.set_flush_denormal(True)
+    try:
+        with torch.random.fork_rng():
+            rank, world_size, device = set_up_processes()
+            yield Ranks(rank, world_size, Stop()), device
+        if world_size > 1:           # after a failure the others are not there to wait for
+            dist.barrier()           # gloo aborts a rank that waits while another one leaves
+            dist.destroy_process_group()
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+def shard_layers(model: Llama, device: torch.device) -> Llama:
+    """FSDP2: a rank holds its part of every layer's frozen weights, and gathers a layer to run it.
+
+    Adapters are small and stay whole on every rank, as do embedding, last norm and head; so
+    optimizer, all-reduce and checkpoints are those of one process. Call it on a CPU's model: layer
+    after layer goes to `device`, never all of them at once.
+    """
+    from torch.distributed.fsdp import fully_shard               # a second of importing
+
+    whole = {p for p in model.parameters() if p.requires_grad}
+    for layer in model.model.layers:
+        fully_shard(layer, ignored_params=whole & set(layer.parameters()))
+    fully_shard(model, ignored_params=whole | {
+        p for name, p in model.named_parameters() if ".layers." not in name})
+    return model.to(device)
+
+
+# ---- sums over ranks ----------------------------------------------------------------------------
+
+def gather(value: Any) -> list:
+    """What every rank passed, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce_bucket_(tensors: list[Tensor]) -> None:
+    """Sum tensors of one dtype over ranks, in place, in one all-reduce."""
+    if len(tensors) == 1:                                # as it is, without a copy
+        dist.all_reduce(tensors[0])
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(summed.view_as(tensor))
+
+
+def all_reduce_gradients_(parameters: list[Tensor], extras: Tensor) -> list[float]:
+    """Sum gradients over ranks, in place, and return the summed extras.
+
+    An adapter's gradients and the extras fit one bucket, so it is one all-reduce; with --lora_r 0
+    buckets keep the copy small. A rank that had no tree in this batch takes part with zeros.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if not dist.is_initialized():
+        return extras.tolist()
+    extras = extras.to(parameters[0].dtype)
+    bucket, size = [], 0
+    for tensor in [*(p.grad for p in parameters), extras]:
+        if bucket and size + tensor.nbytes > BUCKET_BYTES:
+            reduce_bucket_(bucket)
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    reduce_bucket_(bucket)
+    return extras.tolist()
+
+
+def clip_gradients_(parameters: list[Tensor], max_grad_norm: float, loss: float,
+                    where: str) -> float:
+    """Clip the gradient to this norm; returns the norm it had.
+
+    where    what the error names
+    raises   FloatingPointError, before any update, for a loss or gradient that is not finite
+    """
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise FloatingPointError(f"{where}: loss {loss}, gradient norm {grad_norm}; this update "
+                                 "was not made, and nothing was saved")
+    return grad_norm
+
+
+# ---- the schedule -------------------------------------------------------------------------------
+
+def learning_rate(step: int, peak: float, warmup_steps: float, total_steps: int) -> float:
+    """Linear from 0 to `peak` over warmup_steps, then a cosine to 0 at total_steps."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps)
+                                      / max(1, total_steps - warmup_steps)))

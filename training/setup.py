@@ -1,0 +1,142 @@
+"""What a run is made of: its data in batches, the model under training, its references."""
+import argparse
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from data import print_counts, read_dataset, split_by_prompt
+from lora import (add_lora, add_score_head, load_adapter, lora_disabled, share_base,
+                  start_from_adapter)
+from model import Llama, load_llama
+from packing import Tree, make_trees, one_negative_per_tree, plan_batches
+from step import Method, Reference, batch_counts, check_fit
+from tokenizer import Tokenizer
+from training.checkpoint import RunFolder, base_name, trainable
+from training.ranks import Ranks, shard_layers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, ready to start."""
+    model: Llama
+    reference: Reference
+    references: tuple[Reference, Reference]      # π_r+ and π_r- of d2o
+    tokenizer: Tokenizer
+    trees: list[Tree]
+    batches: list[list[int]]                     # tree numbers of every step
+    folder: RunFolder
+
+
+def prepare_data(args: argparse.Namespace, methods: Mapping[str, Method], tokenizer: Tokenizer,
+                 ranks: Ranks) -> tuple[list[Tree], list[list[int]]]:
+    """(trees, tree numbers of every step); says what the data holds.
+
+    raises  ValueError or OSError, one sentence, for data that do not fit
+    """
+    method, counts = methods[args.method], Counter()
+    records = read_dataset(args.dataset, counts)
+    if ranks.is_first:
+        print_counts(args.dataset, records, counts)
+    records, held_out = split_by_prompt(records, args.held_out)
+    check_fit(args.method, records, methods)
+    cuts = Counter()
+    trees = make_trees(records, tokenizer,
+                       "negative" if method.trains_on == "anchors" else method.trains_on,
+                       args.max_length, args.max_prompt_length, cuts)
+    if method.trains_on == "anchors":
+        trees = one_negative_per_tree(trees)
+    sizes = [len(tree.pairs if method.trains_on == "pairs" else tree.scores) for tree in trees]
+    batches = plan_batches(sizes, args.batch_size, args.num_train_epochs, args.max_steps, args.seed)
+    if not batches:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs} gives no step")
+    if ranks.is_first:
+        print(f"training on {len(trees)} prompts, {batch_counts(trees)}; held out: "
+              f"{len(held_out)} records")
+        for what, number in sorted(cuts.items()):
+            print(f"  {what:58} {number:7}")
+    return trees, batches
+
+
+def load_base(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.device) -> Llama:
+    """The model that training starts from.
+
+    raises  ValueError for a tokenizer or lengths that do not fit it
+    """
+    model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
+                       "cpu" if args.fsdp else device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the embedding of "
+                         f"{args.model_name_or_path} only {model.config.vocab_size} rows")
+    if args.max_length > model.config.max_positions:
+        raise ValueError(f"--max_length {args.max_length} exceeds the model's "
+                         f"{model.config.max_positions} positions")
+    model.gradient_checkpointing = args.gradient_checkpointing
+    if args.sft_adapter:
+        start_from_adapter(model, args.sft_adapter, merge=args.lora_r == 0)
+    return model
+
+
+def make_references(args: argparse.Namespace, method: Method, model: Llama) -> list[Reference]:
+    """[reference, π_r+, π_r-], of the model before it gets an adapter.
+
+    Under an adapter the reference is the same weights with the adapter off; where all weights are
+    trained, a copy that is not; where no loss asks for one, the model itself, which is not run.
+    """
+    base = model
+    if method.reference == "none":
+        reference = partial(nullcontext, model)
+    elif args.lora_r:
+        reference = partial(lora_disabled, model)
+    else:
+        base = copy.deepcopy(model).requires_grad_(False)
+        reference = partial(nullcontext, base)
+    references = [reference]
+    for path in (args.reference_plus, args.reference_minus):
+        if path:
+            other = load_adapter(share_base(base), path).requires_grad_(False)
+            references.append(partial(nullcontext, other))
+        else:
+            references.append(reference)
+    return references
+
+
+def describe_reference(args: argparse.Namespace, method: Method) -> str:
+    """The reference in words, for the screen and args.json."""
+    if method.reference == "none":
+        return f"none, --method {args.method} has no use for one"
+    base = base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
+                              " (a copy that is not trained)")
+    if args.reference_plus or args.reference_minus:
+        return (f"{args.reference_plus or base} under negatives, {args.reference_minus or base} "
+                "under anchors")
+    return base
+
+
+def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks,
+           device: torch.device) -> Setup:
+    """Read and check everything before anything is written.
+
+    raises  ValueError or OSError, one sentence, for whatever does not fit
+    """
+    method, tokenizer = methods[args.method], Tokenizer(args.model_name_or_path)
+    trees, batches = prepare_data(args, methods, tokenizer, ranks)
+    model = load_base(args, tokenizer, device)
+    reference, *references = make_references(args, method, model)
+    torch.manual_seed(args.seed)
+    if args.lora_r:
+        dropout = args.lora_dropout if method.reference == "none" else 0.0
+        add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target_modules)
+        if method.reward_model:
+            add_score_head(model)
+    if args.fsdp:
+        shard_layers(model, device)
+    if ranks.is_first:
+        print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained, from "
+              f"{base_name(args)}; reference: {describe_reference(args, method)}")
+    folder = RunFolder(args.output_dir, base_name(args), args.save_steps, args.save_total_limit)
+    return Setup(model, reference, tuple(references), tokenizer, trees, batches, folder)
