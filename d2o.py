@@ -2,6 +2,7 @@
 
     python train.py --method d2o                                       on the embedded world
     python train.py --method d2o --num_anchors 4 --refresh_anchors 50  anchors of a lagged policy
+    python train.py --method d2o --anchors FILE ...                    made elsewhere, docs/usage.md
 
 A tree of D2O is [negative, anchor 1 .. K]: 1 + K responses share one prompt. Anchors are samples of
 the policy as it was at step 0, which is the base model; with --refresh_anchors n, of the policy at
@@ -12,25 +13,29 @@ never as text that would be tokenized anew; a training step runs no reference.
 Anchors of the policy of the very same step (--refresh_anchors 1) carry no signal: over y ~ π the
 mean of grad log π(y) is 0, so that all they add is noise. They must come from another policy.
 
-New anchors have a price of their own: they are not samples of π_r-, so log π/π_r- is large and
-positive on them once the policy has moved, which makes the loss small without any step.
+New anchors have a drawback: they are not samples of π_r-, so once the policy has moved log π/π_r-
+is large on them, and the loss small without any step.
 
 An anchor that reached --anchor_tokens before EOS stays as it is, without EOS, as a cut response
 does: running out of room is not the end of an answer.
 """
 import argparse
-import json
 import os
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from data import Tokenizer, encode_dialogue, read_turns
+from files.rows import TEXT, get_texts, get_value
+from files.rows import read_rows as read_data
 from generate import Sampling, generate, row_seeds
 from model import Llama
-from packing import MAX_RESPONSES, Tree
+from packing import MAX_RESPONSES, Tree, truncate
 from step import Compute, Reference, reference_logps
 from training.ranks import Ranks
-from training.reference_cache import write_rows
+from training.reference_cache import read_rows, write_rows
 
-CACHE_TOKENS = 8      # of sampling, for each of --micro_tokens: in a backward pass one takes more
+CACHE_TOKENS = 8      # KV-cache tokens per --micro_tokens: a token of a backward pass takes more
 
 FLAGS = {             # name: type, default, help
     "num_anchors": (int, 11, f"self-generated responses per prompt, 1 to {MAX_RESPONSES - 1}"),
@@ -38,6 +43,8 @@ FLAGS = {             # name: type, default, help
     "refresh_anchors": (int, 0, "steps after which new anchors are sampled from the policy; 0: "
                                 "only from the base model. Warning: 1 makes anchors of the "
                                 "current policy, whose expected gradient is zero: noise"),
+    "anchors": (str, None, "file of completions that were sampled elsewhere, see docs/usage.md; "
+                           "STEP in its name stands for the step of each refresh"),
     "anchor_tokens": (int, 256, "an anchor ends here, or after EOS"),
     "anchor_temperature": (float, 0.8, "divides the logits when anchors are sampled"),
     "anchor_top_p": (float, 0.9, "anchors are sampled from the smallest set of this mass"),
@@ -75,6 +82,14 @@ def check_flags(args: argparse.Namespace) -> None:
                          f"{args.max_length - args.max_prompt_length}], the room that --max_length "
                          f"{args.max_length} leaves after --max_prompt_length "
                          f"{args.max_prompt_length}")
+    if args.anchors and args.refresh_anchors and (
+            "STEP" not in args.anchors or args.refresh_anchors % args.save_steps):
+        raise ValueError(
+            f"--anchors {args.anchors} with --refresh_anchors {args.refresh_anchors}: each refresh "
+            "needs a file of its own (write STEP in the name) and a checkpoint to sample from: "
+            f"--save_steps {args.save_steps} must divide {args.refresh_anchors}")
+    if args.anchors and not os.path.isfile(file := args.anchors.replace("STEP", "0")):
+        raise FileNotFoundError(f"--anchors: {file}: no such file")
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class AnchorSource:
     mean_logps: bool                # length averages, see step.Objective
     compute: Compute
     ranks: Ranks
+    given: Callable[[int, list[int]], "GivenAnchors"] | None = None      # see `read_given_anchors`
 
 
 # ---- trees --------------------------------------------------------------------------------------
@@ -106,8 +122,7 @@ def add_anchors(tree: Tree, anchor_ids: list[list[int]],
 
 
 def anchor_seeds(seed: int, step: int, number: int, num_anchors: int) -> list[int]:
-    """Seeds of the anchors of tree `number` from the policy of `step`: they depend on nothing
-    else."""
+    """Seeds of the anchors of a tree: a function of (seed, step, number) only."""
     return row_seeds(((seed * 1_000_003 + step) * 1_000_003 + number) % 2 ** 63, num_anchors)
 
 
@@ -125,40 +140,107 @@ def sampling_batches(trees: list[Tree], numbers: list[int], num_anchors: int,
 
 # ---- files --------------------------------------------------------------------------------------
 
-def read_anchors(file: str, trees: list[Tree], numbers: list[int]) -> dict[int, Tree]:
+def read_anchors(file: str, step: int, trees: list[Tree], numbers: list[int]) -> dict[int, Tree]:
     """Tree number -> tree with anchors and reference_logps, for these numbers.
 
+    step    whose policy they are samples of
     raises  ValueError for a damaged line, and for a file that holds other trees than these
     """
+    remedy = (f"remove it and all checkpoints after step {step}, and the same command samples them "
+              "again")
     found = {}
-    for line_number, line in enumerate(open(file, "rb") if os.path.isfile(file) else [], 1):
+    for line_number, row in enumerate(read_rows(file, remedy), 1):
         try:
-            row = json.loads(line)
             found[row["tree"]] = add_anchors(trees[row["tree"]], row["anchor_ids"],
                                              row["reference_logps"])
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise ValueError(f"{file}:{line_number}: not anchors: {line[:60]!r}") from None
+        except (KeyError, TypeError, IndexError):
+            raise ValueError(f"{file}:{line_number}: not anchors of this data; {remedy}") from None
     if found.keys() != set(numbers):
         raise ValueError(f"{file} has anchors for {len(found)} trees, not for the {len(numbers)} "
-                         "of these steps, and the policy they were sampled from is gone; start "
-                         "again with --overwrite_output_dir")
+                         f"of these steps, and the policy they were sampled from is gone; {remedy}")
     return found
+
+
+# ---- anchors made elsewhere ---------------------------------------------------------------------
+
+GivenAnchors = tuple[dict[int, list[list[int]]], str]     # (tree number -> anchors, what was odd)
+
+
+def read_completions(row: dict, where: str) -> list[tuple[str, bool]]:
+    """(text, whether it ended by itself) of every completion of a row.
+
+    {"completion", "ended"?} of generate.py, {"completions"}, or {"choices"} as an OpenAI-compatible
+    server answers, whose finish_reason is "stop" where a text ended.
+    """
+    if "completion" in row:
+        return [(get_value(row, "completion", str, where), row.get("ended", True) is True)]
+    if "completions" in row:
+        return [(text, True) for text in get_texts(row, "completions", where)]
+    found = []
+    for choice in get_value(row, "choices", list, where):
+        message = choice.get("message", choice) if isinstance(choice, dict) else {}
+        text = message.get("content", message.get("text")) if isinstance(message, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {str(choice)[:60]!r} is no choice with a text")
+        found.append((text, choice.get("finish_reason", "stop") == "stop"))
+    return found
+
+
+def read_given_anchors(args: argparse.Namespace, trees: list[Tree], tokenizer: Tokenizer, step: int,
+                       numbers: list[int]) -> GivenAnchors:
+    """The anchors in the file --anchors of a step, for the trees of these numbers.
+
+    A row's prompt is compared as token ids, cut as the data's are. The k-th of these trees with one
+    prompt takes its k-th --num_anchors completions.
+    raises   FileNotFoundError, or ValueError where a tree lacks some: none is sampled here
+    """
+    file, count = args.anchors.replace("STEP", str(step)), args.num_anchors
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{file}: no such file: serve {args.output_dir}/checkpoint-{step}, "
+                                "write its samples there, and the same command continues")
+    wanted = {tuple(trees[number].prompt_ids): [] for number in numbers}
+    notes, anchors = Counter(), {}
+    for where, row in read_data(file):
+        turns = read_turns(get_value(row, "prompt", TEXT, where), where)
+        prompt_ids, _ = truncate(encode_dialogue(tokenizer, turns)[0], [], args.max_length,
+                                 args.max_prompt_length)
+        found, completions = wanted.get(tuple(prompt_ids)), read_completions(row, where)
+        notes["of other prompts"] += len(completions) if found is None else 0
+        for text, ended in completions if found is not None else ():
+            _, ids = encode_dialogue(tokenizer, [("Assistant", text.strip())])
+            ids = ids[:len(ids) if ended else -1][:args.anchor_tokens]
+            notes["empty and cut"] += not ids
+            found += [ids] if ids else []
+    for number in numbers:
+        found = wanted[tuple(trees[number].prompt_ids)]
+        anchors[number], found[:count] = found[:count], []
+    if missing := [number for number in numbers if len(anchors[number]) < count]:
+        start = tokenizer.decode(trees[missing[0]].prompt_ids)[-80:]
+        raise ValueError(f"{file}: {len(missing)} of {len(numbers)} bad answers lack some of their "
+                         f"{count} anchors, the first the one to a prompt that ends in {start!r}: "
+                         "add completions, or lower --num_anchors")
+    notes["more than needed"] = sum(map(len, wanted.values()))
+    return anchors, ", ".join(f"{number} {note}" for note, number in notes.items() if number)
 
 
 # ---- sampling -----------------------------------------------------------------------------------
 
-def anchor_rows(source: AnchorSource, step: int, numbers: list[int]) -> list[dict]:
+def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
+                given: dict[int, list[list[int]]] | None = None) -> list[dict]:
     """Lines of a file of anchors: K samples for each of these trees, and the references' log-probs.
 
-    step     whose policy the model is now
+    step     the current step, whose policy the model is
     numbers  of the trees
+    given    their anchors, if they were made elsewhere
     """
     trees, count, sampling = source.trees, source.num_anchors, source.sampling
     prompts = [trees[number].prompt_ids for number in numbers for _ in range(count)]
     seeds = [seed for number in numbers
              for seed in anchor_seeds(source.seed, step, number, count)]
-    anchor_ids = generate(source.model, prompts, sampling.max_new_tokens, sampling.temperature,
-                          sampling.top_p, sampling.eos_id, seeds)
+    if given:
+        anchor_ids = [ids for number in numbers for ids in given[number]]
+    else:
+        anchor_ids = generate(source.model, prompts, **vars(sampling), generator=seeds)
     anchored = [add_anchors(trees[number], anchor_ids[i * count:(i + 1) * count])
                 for i, number in enumerate(numbers)]
     reference_plus, reference_minus = source.references
@@ -183,16 +265,18 @@ def anchored_trees(source: AnchorSource, step: int) -> dict[int, Tree]:
     numbers = sorted({number for batch in steps for number in batch})
     file = os.path.join(source.output_dir, f"anchors-{refreshed_at}.jsonl")
     if step > refreshed_at:
-        return read_anchors(file, source.trees, numbers)
+        return read_anchors(file, refreshed_at, source.trees, numbers)
     batches = sampling_batches(source.trees, numbers, source.num_anchors, max_new_tokens,
                                CACHE_TOKENS * source.compute.micro_tokens)
-    write_rows(file, batches, lambda batch: anchor_rows(source, step, batch),
+    given, odd = source.given(step, numbers) if source.given else (None, "")
+    write_rows(file, batches, lambda batch: anchor_rows(source, step, batch, given),
                lambda row: sum(map(len, row["anchor_ids"])), f"anchors of step {step}",
                source.ranks)
-    anchored = read_anchors(file, source.trees, numbers)
+    anchored = read_anchors(file, refreshed_at, source.trees, numbers)
     if source.ranks.is_first:
-        ended = [ids[-1] == source.sampling.eos_id for tree in anchored.values()
+        ends = source.sampling.ends(source.model.config)
+        ended = [ids[-1] in ends for tree in anchored.values()
                  for ids in tree.response_ids[1:]]
         print(f"{file}: {len(ended)} anchors, {ended.count(False)} of them cut at "
-              f"{max_new_tokens} tokens")
+              f"{max_new_tokens} tokens" + (f"; left out: {odd}" if odd else ""))
     return anchored

@@ -5,28 +5,26 @@
     python data.py FILE --show 3          what a file holds: counts, and three examples
 
 Formats, recognised by their keys: HH and Golden HH transcripts, QA-feedback, red-team-attempts,
-and plain JSONL in TRL's shapes; JSON lines or one JSON array, gzipped or not.
+and JSONL in the shapes of TRL and of instruction data; files/rows.py reads the files.
 
 Two decisions on odd rows, both counted and printed. An empty response is dropped: nobody judged an
 answer there. Two responses whose prompts differ become two points (unpaired data), not a pair.
 """
-import argparse
-import gzip
 import hashlib
-import json
-import os
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from files.cli import run_cli
-from files.text import likely_cause
-
-# users import these names from here, too, whether this file needs them or not
+from files.cli import Parser, run_cli, visible
+from files.rows import TEXT, data_files, get_texts, get_value, read_rows
+# users import these names from here, too
 from tokenizer import VICUNA_SYSTEM, Tokenizer, encode_dialogue, render_dialogue  # noqa: F401
+
+Turns = Sequence[tuple[str, str]]          # [(role, text), …], roles System, Human, Assistant
+
 
 # ---- records: one prompt, its responses, their scores -------------------------------------------
 
@@ -45,136 +43,135 @@ class Record:
     where: str
 
 
-def make_records(prompt: Sequence[tuple[str, str]], responses: Sequence[str],
-                 scores: Sequence[float], where: str) -> tuple[list[Record], list[str]]:
-    """The record of one row, without its empty responses; none if nothing is left to learn from.
+def make_records(prompt: Turns, responses: Sequence[str], scores: Sequence[float],
+                 where: str) -> tuple[list[Record], list[str]]:
+    """The record of one row, without its empty responses; it may be left with none.
 
-    returns   [record] or []; notes on what was dropped or is odd, which `print_counts` counts
+    returns   [record]; notes on what was dropped or is odd, which `print_counts` counts
     """
-    judged = [(text, score) for text, score in zip(responses, scores) if text.strip()]
+    judged = [(text, score) for text, score in zip(responses, scores, strict=True)
+              if text.strip()]
     notes = ["empty responses dropped"] * (len(responses) - len(judged))
     if len({text for text, _ in judged}) < len(judged):
         if len({score for _, score in judged}) > 1:
-            return [], [*notes, "rows skipped: the same response scored both ways"]
+            judged, notes = [], [*notes, "rows skipped: the same response scored both ways"]
         judged = list(dict.fromkeys(judged))
-    if not judged:
-        return [], notes
     if len(judged) > 1:
         notes.append("prompts with several responses")
-    return [Record(tuple(prompt), *zip(*judged), where)], notes
+    return [Record(tuple(prompt), tuple(text for text, _ in judged),
+                   tuple(score for _, score in judged), where)], notes
 
 
-# ---- rows of a file -----------------------------------------------------------------------------
+# ---- values of a row ----------------------------------------------------------------------------
 
-def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every row of a JSON-lines or JSON-array file; ValueError names the line."""
-    if cause := likely_cause(path):
-        raise ValueError(f"{path}: not a data file{cause}")
-    with open(path, "rb") as file:
-        raw = file.read()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file: {error}") from None
-    elif path.endswith(".gz"):
-        raise ValueError(f"{path}: not a gzip file (it starts with {raw[:20]!r})")
-    raw = raw.removeprefix(b"\xef\xbb\xbf")                       # byte order mark
-    if raw.lstrip()[:1] == b"[":
-        rows = [(f"{path}[{number}]", row) for number, row in enumerate(parse_json(raw, path))]
-    else:
-        rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}"))
-                for number, line in enumerate(raw.split(b"\n"), 1) if line.strip())
-    found = False
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with keys, got {str(row)[:80]!r}")
-        found = True
-        yield where, row
-    if not found:
-        raise ValueError(f"{path}: no rows")
+def get_score(row: dict, where: str) -> tuple[float, list[str]]:
+    """(z, notes): the label or score of a row; 1 for a demonstration, which has neither.
 
-
-def parse_json(raw: bytes, where: str):
-    """The JSON value of some bytes; ValueError for NaN, infinities and text that is not Unicode."""
-    def refuse(name):
-        raise ValueError(f"{name} is not a number")
-    try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=refuse)
-        if b"\\u" in raw:                   # a lone surrogate: no tokenizer can encode it
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except (ValueError, RecursionError) as error:    # JSON and Unicode errors are ValueErrors
-        excerpt = raw[:80].decode("utf-8", "replace").strip()
-        raise ValueError(f"{where}: bad JSON: {error}; it starts with {excerpt!r}") from None
-
-
-def get_value(row: dict, key: str, kind: type | tuple[type, ...], where: str):
-    """row[key], which must be of a kind, as isinstance takes it; ValueError names row and key."""
-    if key not in row:
-        raise ValueError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, row))}")
-    if not isinstance(row[key], kind):
-        kinds = {(str, list): "text or a list of messages", (int, float): "a number"}
-        raise ValueError(f"{where}: {key!r} is {str(row[key])[:60]!r}; expected "
-                         f"{kinds[kind] if kind in kinds else kind.__name__}")
-    return row[key]
-
-
-def get_texts(row: dict, key: str, where: str) -> list[str]:
-    """row[key], which must be a list of at least one text."""
-    texts = get_value(row, key, list, where)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{where}: {key} is {str(texts)[:60]!r}; expected a list of texts")
-    return texts
-
-
-def read_records(path: str, counts: Counter | None, read_row: Callable) -> list[Record]:
-    """The records of all rows of a file.
-
-    counts     if given, rows and notes are counted in it
-    read_row   (row, where) -> (records, notes) as from `make_records`
+    raises   ValueError for a score under another name, which would be taken for a demonstration
     """
-    counts, records = Counter() if counts is None else counts, []
-    for where, row in read_rows(path):
-        found, notes = read_row(row, where)
-        records += found
-        counts["rows"] += 1
-        counts.update(notes)
-    return records
+    key = "label" if "label" in row else "score"
+    if key not in row:
+        for other in row:
+            if re.search("label|score|rating|reward|kto", other, re.IGNORECASE):
+                raise ValueError(f"{where}: no 'label' and no 'score', but {other!r}: call it "
+                                 "'label' (true or false) or 'score' (0 to 1), or remove it")
+        return 1.0, ["demonstrations: no label or score, so z = 1"]
+    score = row[key]
+    if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
+        raise ValueError(f"{where}: label or score {score!r} is outside [0, 1]")
+    return float(score), []
 
 
-# ---- formats ------------------------------------------------------------------------------------
+# ---- dialogues ----------------------------------------------------------------------------------
+
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
+ROLE_INSIDE = "transcripts with a role name inside a turn (kept)"
+STARTS_AS_TRANSCRIPT = re.compile(r"\s*(Human|Assistant):")
+TEMPLATE = re.compile(r"USER:.*ASSISTANT:|\[INST\]|<\|(im_start|user)\|>|\n\n(Human|Assistant):|"
+                      r"### ?(Human|User|Instruction|Assistant|Response):", re.DOTALL)
+
 
 def split_transcript(text: str, where: str) -> list[tuple[str, str]]:
     """"\\n\\nHuman: a\\n\\nAssistant: b" -> [("Human", "a"), ("Assistant", "b")], texts stripped.
 
     A marker counts only after a blank line: in HH some turns contain "Human:" themselves.
     """
-    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    pieces = re.split(r"(?:^|\r?\n\r?\n)(Human|Assistant):", text)
     if len(pieces) < 3 or pieces[0].strip():
         raise ValueError(f"{where}: a transcript starts with 'Human:' after a blank line; "
                          f"this one with {text[:60]!r}")
-    return [(role, turn.strip()) for role, turn in zip(pieces[1::2], pieces[2::2])]
+    return [(role, turn.strip()) for role, turn in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
-def hh_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
-    """A row {"chosen", "rejected"}: z = 1 and 0 for the last assistant turns of two transcripts.
+def read_turns(value: str | list, where: str) -> list[tuple[str, str]]:
+    """Prompt or transcript of a JSONL row: HH text, plain text, or [{role, content}, …]."""
+    if isinstance(value, str):
+        if not STARTS_AS_TRANSCRIPT.match(value) and not re.search(r"\n\s*Assistant:\s*$", value):
+            return [("Human", value)]
+        turns = split_transcript(value, where)
+        if len(turns) == 1 and re.search(r"\n(Human|Assistant):", value.strip()):
+            raise ValueError(f"{where}: a transcript whose turns no blank line separates: "
+                             f"{value[:60]!r}; give it as a list of messages")
+        return turns[:-1] if turns[-1] == ("Assistant", "") else turns
+    for number, message in enumerate(value):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in list(ROLES) or not isinstance(message.get("content"), str) or (
+                role == "system" and number > 0):
+            raise ValueError(f"{where}: {str(message)[:60]!r} is not a message with 'role' "
+                             "(user, assistant, or system at the start) and text 'content'")
+    return [(ROLES[message["role"]], message["content"]) for message in value]
 
-    The prompt ends at the last "\\n\\nAssistant:", not where the two texts begin to differ
-    (that would put part of the answer into the prompt in a fifth of the rows).
+
+def read_dialogue(row: dict, key: str, where: str) -> tuple[Turns, str, list[str]]:
+    """(prompt, response, notes): a transcript or list of messages, cut at its last answer.
+
+    The prompt ends at the last "\\n\\nAssistant:", not where two texts begin to differ (that would
+    put part of the answer into the prompt in a fifth of HH's rows).
     """
-    turns, notes = [], []
-    for key in ("chosen", "rejected"):
-        side = split_transcript(get_value(row, key, str, where), where)
-        roles = [role for role, _ in side]
-        if roles[-1] != "Assistant":
-            raise ValueError(f"{where}: a transcript must end on an Assistant turn")
-        if roles != ["Human", "Assistant"] * (len(roles) // 2):
-            notes.append("transcripts whose roles do not alternate (kept)")
-        if any(re.search(r"(Human|Assistant):", text) for _, text in side):
-            notes.append("transcripts with a role name inside a turn (kept)")
-        turns.append(side)
-    (*prompt, (_, chosen)), (*other_prompt, (_, rejected)) = turns
+    value, notes = get_value(row, key, TEXT, where), []
+    turns = split_transcript(value, where) if isinstance(value, str) else read_turns(value, where)
+    roles = [role for role, _ in turns if role != "System"]
+    if roles[-1:] != ["Assistant"]:
+        raise ValueError(f"{where}: a transcript must end on an Assistant turn")
+    if isinstance(value, list) and roles[-2:-1] != ["Human"]:
+        raise ValueError(f"{where}: the last answer must follow a user message")
+    if roles != ["Human", "Assistant"] * (len(roles) // 2):
+        notes.append("transcripts whose roles do not alternate (kept)")
+    if any(re.search(r"(Human|Assistant):", text) for _, text in turns):
+        notes.append(ROLE_INSIDE)
+    return turns[:-1], turns[-1][1].strip(), notes
+
+
+def read_answer(row: dict, key: str, prompt: Turns, where: str) -> tuple[str, list[str]]:
+    """(response, notes): a text, or one assistant message; the prompt before it is taken off."""
+    value = get_value(row, key, TEXT, where)
+    whole = value.strip() if isinstance(value, str) else None
+    if whole is None:
+        turns = read_turns(value, where)
+    elif STARTS_AS_TRANSCRIPT.match(whole):
+        turns = split_transcript(whole, where)
+    else:
+        turns = [("Assistant", whole)]
+    *before, (role, text) = [(role, text.strip()) for role, text in turns] or [("", "")]
+    prompt = [(role, text.strip()) for role, text in prompt]
+    if role == "Assistant" and before in ([], prompt):
+        if before or text != (whole or text):
+            return text, ["responses that repeat the prompt (taken off)"]
+        begins = bool(prompt[-1][1]) and text.startswith(prompt[-1][1])
+        return text, ["responses that begin with the prompt's words (kept)"] * begins
+    if whole is not None and prompt[-1] not in before:
+        return whole, [ROLE_INSIDE]                      # a model that spoke for the user, too
+    raise ValueError(f"{where}: {key!r} must be one assistant message, alone or after the turns of "
+                     f"the row's prompt; it is {str(value)[:60]!r}")
+
+
+# ---- formats: a row -> (records, notes) as from `make_records` ----------------------------------
+
+def pair_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
+    """A row {"chosen", "rejected"} of two dialogues, as HH's: z = 1 and 0 for their last turns."""
+    prompt, chosen, notes = read_dialogue(row, "chosen", where)
+    other_prompt, rejected, more = read_dialogue(row, "rejected", where)
+    notes += more
     if prompt == other_prompt:
         records, more = make_records(prompt, [chosen, rejected], [1.0, 0.0], where)
         return records, notes + more
@@ -182,14 +179,6 @@ def hh_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
     good, good_notes = make_records(prompt, [chosen], [1.0], where)
     bad, bad_notes = make_records(other_prompt, [rejected], [0.0], where)
     return good + bad, notes + good_notes + bad_notes
-
-
-def read_hh(path: str, counts: Counter | None = None) -> list[Record]:
-    """HH transcripts, see `hh_records`; for `counts`, which all readers take, `read_records`."""
-    return read_records(path, counts, hh_records)
-
-
-read_golden_hh = read_hh        # same format: GPT-4 rewrote the last turn of `chosen`
 
 
 def qa_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
@@ -216,22 +205,20 @@ def qa_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
     return make_records([("Human", prompt)], [wrong, right], [0.0, 1.0], where)
 
 
-def read_qa_feedback(path: str, counts: Counter | None = None) -> list[Record]:
-    """QA-feedback, see `qa_records`."""
-    return read_records(path, counts, qa_records)
-
-
 def red_team_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
     """A row with the last assistant turn as response: z = 1 - rating / 4 (4: attack succeeded).
 
     The rating is for the whole transcript; here it is that of the last answer, given all before it.
     """
     turns, notes = split_transcript(get_value(row, "transcript", str, where), where), []
+    humans = [turn for turn in turns if turn[0] == "Human"]
     while turns and turns[-1][0] != "Assistant":
         notes.append("trailing Human turns dropped")
-        turns.pop()
+        turns = turns[:-1]
     if row.get("rating") is None or len(turns) < 2:
-        return [], [*notes, "rows skipped: no rating, or no answer"]
+        prompt = turns[:-1] or humans
+        records = make_records(prompt, [], [], where)[0] if prompt else []
+        return records, [*notes, "rows skipped: no rating, or no answer"]
     rating = get_value(row, "rating", (int, float), where)
     if not 0 <= rating <= 4:
         raise ValueError(f"{where}: rating {rating} is outside 0..4")
@@ -239,78 +226,116 @@ def red_team_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
     return records, notes + more
 
 
-def read_red_team(path: str, counts: Counter | None = None) -> list[Record]:
-    """red-team-attempts, see `red_team_records`."""
-    return read_records(path, counts, red_team_records)
-
-
-ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
-
-
-def read_turns(value: str | list, where: str) -> list[tuple[str, str]]:
-    """Prompt or transcript of a JSONL row: HH text, plain text, or [{role, content}, …]."""
-    if isinstance(value, str):
-        if re.match(r"\s*(Human|Assistant):", value):
-            turns = split_transcript(value, where)
-            return turns[:-1] if turns[-1] == ("Assistant", "") else turns
-        return [("Human", value)]
-    for number, message in enumerate(value):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in list(ROLES) or not isinstance(message.get("content"), str) or (
-                role == "system" and number > 0):
-            raise ValueError(f"{where}: {str(message)[:60]!r} is not a message with 'role' "
-                             "(user, assistant, or system at the start) and text 'content'")
-    return [(ROLES[message["role"]], message["content"]) for message in value]
+def read_prompt(row: dict, where: str) -> tuple[Turns, set[str]]:
+    """(prompt, keys read) of {"prompt"}, or of {"instruction", "input", "history", "system"}."""
+    if "prompt" in row or "instruction" not in row:
+        turns, keys = read_turns(get_value(row, "prompt", TEXT, where), where), {"prompt"}
+    else:
+        keys = {"instruction", "input", "history", "system"}
+        given = {key: get_value(row, key, list if key == "history" else str, where)
+                 for key in keys if key == "instruction" or row.get(key) is not None}
+        turns = [("System", given["system"])] if given.get("system") else []
+        for pair in given.get("history", []):
+            question, answer = get_texts({"history": pair}, "history", where, size=2)
+            turns += [("Human", question), ("Assistant", answer)]
+        texts = (given["instruction"], given.get("input"))
+        turns.append(("Human", "\n".join(filter(None, texts))))
+    if not turns or turns[-1][0] != "Human":
+        raise ValueError(f"{where}: the prompt must end on a user message")
+    return turns, keys
 
 
 def jsonl_records(row: dict, where: str) -> tuple[list[Record], list[str]]:
-    """A row in one of TRL's shapes; prompt and responses are texts, or lists of {role, content}.
-
-    prompt + completion + label (or score)   a point: z is the label
-    prompt + chosen + rejected               a pair: z = 1 and 0
-    prompt + completion                      a demonstration: z = 1
-    """
-    text_or_list = (str, list)
-    prompt = read_turns(get_value(row, "prompt", text_or_list, where), where)
-    if not prompt or prompt[-1][0] != "Human":
-        raise ValueError(f"{where}: the prompt must end on a user message")
-    if "chosen" in row or "rejected" in row:
-        keys, scores = ("chosen", "rejected"), (1.0, 0.0)
+    """A row in one of the shapes of docs/usage.md; texts may be lists of {role, content}."""
+    pair = "chosen" in row or "rejected" in row
+    if pair and not {"prompt", "instruction"} & row.keys():
+        return pair_records(row, where)
+    if "messages" in row and not pair and "completion" not in row:
+        prompt, answer, notes = read_dialogue(row, "messages", where)
+        answers, keys_read = [answer], {"messages"}
     else:
-        score = row.get("label", row.get("score", 1.0))
-        if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
-            raise ValueError(f"{where}: label or score {score!r} is outside [0, 1]")
-        keys, scores = ("completion",), (float(score),)
-    responses = []
-    for key in keys:
-        value = get_value(row, key, text_or_list, where)
-        turns = [("Assistant", value)] if isinstance(value, str) else read_turns(value, where)
-        if [role for role, _ in turns] != ["Assistant"]:
-            raise ValueError(f"{where}: {key!r} must be one assistant message")
-        responses.append(turns[0][1].strip())
-    return make_records(prompt, responses, scores, where)
+        prompt, keys_read = read_prompt(row, where)
+        single = "completion" if "completion" in row or "prompt" in keys_read else "output"
+        keys = ("chosen", "rejected") if pair else (single,)
+        found = [read_answer(row, key, prompt, where) for key in keys]
+        answers, notes = [text for text, _ in found], [note for _, some in found for note in some]
+        keys_read |= set(keys)
+        if len(prompt) == 1 and TEMPLATE.search(prompt[0][1]):
+            notes.append("prompts that look like a chat template's text (kept)")
+    scores = [1.0, 0.0]
+    if not pair:
+        score, more = get_score(row, where)
+        scores, notes = [score], notes + more
+        keys_read.add("label" if "label" in row else "score")
+    notes += [f"rows with the key {key!r}, which is not read" for key in row.keys() - keys_read]
+    records, more = make_records(prompt, answers, scores, where)
+    return records, notes + more
 
 
-def read_jsonl(path: str, counts: Counter | None = None) -> list[Record]:
-    """JSONL in TRL's shapes, see `jsonl_records`."""
-    return read_records(path, counts, jsonl_records)
+def prompt_only(row: dict) -> dict:
+    """The row without its answers, where these stand apart."""
+    if "prompt" in row or "instruction" in row:
+        return {key: row[key] for key in ("prompt", "instruction", "input", "history", "system")
+                if key in row} | {"completion": ""}
+    if isinstance(messages := row.get("messages"), list):
+        if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "user":
+            return {"prompt": messages, "completion": ""}
+        return {"messages": messages}
+    return row | ({"rating": None} if "transcript" in row else {"answer": [""]})
 
 
-def read_dataset(path: str, counts: Counter | None = None) -> list[Record]:
-    """Read a file of any format above, recognised by the keys of its first row.
+# ---- files --------------------------------------------------------------------------------------
 
+RowReader = Callable[[dict, str], tuple[list[Record], list[str]]]     # (row, where) -> see above
+
+def choose_reader(row: dict) -> RowReader:
+    """The reader of a file's rows, by the keys of its first."""
+    if "transcript" in row and "rating" in row:
+        return red_team_records
+    return qa_records if "passages" in row else jsonl_records
+
+
+def read_files(dataset: str, counts: Counter, prompts_only: bool = False,
+               reader: RowReader | None = None) -> Iterator[Record]:
+    """Every record of the rows of all files, answered or not; rows and notes are counted."""
+    files = data_files(dataset)
+    for path in files:
+        read_row = reader
+        for where, row in read_rows(path):
+            read_row = read_row or choose_reader(row)
+            records, notes = read_row(prompt_only(row) if prompts_only else row, where)
+            counts.update(["rows", *notes])
+            counts[f"rows of {path}"] += len(files) > 1
+            yield from records
+
+
+def read_dataset(dataset: str, counts: Counter | None = None,
+                 reader: RowReader | None = None) -> list[Record]:
+    """The records of a file of any format above, of a folder, or of files with commas between.
+
+    counts   if given, rows and notes are counted in it
+    reader   of one format (default: by the keys of each file's first row)
     raises   FileNotFoundError, or ValueError with file and line of a bad row
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such data file")
-    _, row = next(read_rows(path))
-    if "transcript" in row and "rating" in row:
-        return read_red_team(path, counts)
-    if "passages" in row:
-        return read_qa_feedback(path, counts)
-    if "prompt" not in row and "chosen" in row:
-        return read_hh(path, counts)
-    return read_jsonl(path, counts)
+    records = read_files(dataset, Counter() if counts is None else counts, reader=reader)
+    return [record for record in records if record.responses]
+
+
+read_hh = read_golden_hh = partial(read_dataset, reader=pair_records)
+read_qa_feedback = partial(read_dataset, reader=qa_records)
+read_red_team = partial(read_dataset, reader=red_team_records)
+read_jsonl = partial(read_dataset, reader=jsonl_records)
+
+
+def read_prompts(dataset: str, counts: Counter | None = None) -> list[Record]:
+    """As `read_dataset`, for those who need prompts only: a record without responses for every row,
+    also where nothing can be learned from the row's own."""
+    found = Counter()
+    records = [Record(record.prompt, (), (), record.where)
+               for record in read_files(dataset, found, prompts_only=True)]
+    if counts is not None:
+        counts.update({note: found[note] for note in found if re.match("rows($| of )", note)})
+    return records
 
 
 def split_by_prompt(records: list[Record], held_out: float) -> tuple[list[Record], list[Record]]:
@@ -329,21 +354,26 @@ def split_by_prompt(records: list[Record], held_out: float) -> tuple[list[Record
 
 # ---- what a file holds --------------------------------------------------------------------------
 
+LAYOUT = "\n\t"      # control characters that are printed as they are
+
+
 def print_counts(path: str, records: list[Record], counts: Counter) -> None:
-    """Print how many rows, records and responses a file has, and what was odd about them."""
+    """Print how many rows, records and responses there are, and what was odd about them."""
     scores = [score for record in records for score in record.scores]
-    print(f"{path}: {counts['rows']} rows, {len(records)} records with {len(scores)} responses")
+    print(f"{path}: {counts['rows']} rows, {len(records)} " + (
+        f"records with {len(scores)} responses" if scores else "prompts"))
     print(f"  {'distinct prompts':58} {len({record.prompt for record in records}):7}")
-    print(f"  {'responses with z = 1 / between / z = 0':58} {scores.count(1.0):7} / "
-          f"{sum(0 < score < 1 for score in scores)} / {scores.count(0.0)}")
+    if scores:
+        print(f"  {'responses with z = 1 / between / z = 0':58} {scores.count(1.0):7} / "
+              f"{sum(0 < score < 1 for score in scores)} / {scores.count(0.0)}")
     for note, number in sorted(counts.items()):
         if number and note != "rows":
             print(f"  {note:58} {number:7}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", help="HH, QA-feedback, red-team or JSONL file, .gz or not")
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", help="data file, .gz or not; a folder, or several with commas")
     parser.add_argument("--show", type=int, default=0, help="print this many examples")
     parser.add_argument("--tokenizer", help="tokenizer.model: adds token counts")
     args = parser.parse_args(argv)
@@ -355,13 +385,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                                if sys.stdout.isatty() else ("", "", "", ""))
     for record in records[:args.show]:
         prompt = "</s>".join(render_dialogue([*record.prompt, ("Assistant", "")]))
-        print(f"\n--- {record.where}\n[prompt]   {grey}{prompt}{plain}")
-        for response, score in zip(record.responses, record.scores):
+        print(f"\n--- {record.where}\n[prompt]   {grey}{visible(prompt, LAYOUT)}{plain}")
+        for response, score in zip(record.responses, record.scores, strict=True):
             size = ""
             if tokenizer:
                 prompt_ids, response_ids = encode_dialogue(
                     tokenizer, [*record.prompt, ("Assistant", response)])
                 size = f", {len(prompt_ids)} + {len(response_ids)} tokens"
+            response = visible(response, LAYOUT)
             print(f"[response, z = {score:g}{size}]  {green}{response}{plain}{red}</s>{plain}")
 
 

@@ -8,25 +8,29 @@ On the world all 288 valid answers to each of 40 test prompts are listed, so not
 no judge is needed. What a model puts outside the list (off-world) enters every score as the worst
 reward of that prompt: conditioning it away would flatter objectives that push mass there.
 """
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import argparse
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from data import Tokenizer, encode_dialogue
-from files.cli import run_cli
+from files.cli import Parser, run_cli
+from files.config import read_config
 from files.text import write_json
 from intervals import bootstrap, wins
 from kernels import linear_logps
 from model import Llama
-from packing import Tree, build_stream, make_trees, pack, prefix_stream
+from packing import Tree, build_stream, make_trees, pack, pair_points, prefix_stream
 from step import Reference, sequence_logps, tree_rewards
-from training.checkpoint import held_out_records, load_run, read_run
-from world import (BODIES, CLOSINGS, Prompt, answers, base_model, held_out_prompts, on_world,
-                   question)
+from training.checkpoint import held_out_records, load_run, read_run, run_tokenizer
+from world import BODIES, CLOSINGS, Prompt, answers, held_out_prompts, on_world, question
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
 ANSWERS_PER_OPENING = len(BODIES) * len(CLOSINGS)
@@ -141,11 +145,12 @@ def evaluate_world(policies: Mapping[str, Tensor], reference: Tensor, lengths: T
     policies, reference   log-probs [X, Y], see `world_logps`
     """
     lists = [answers(*prompt) for prompt in prompts]
-    best = torch.stack([optimal_logps(row, listed, beta) for row, listed in zip(reference, lists)])
+    best = torch.stack([optimal_logps(row, listed, beta) 
+                        for row, listed in zip(reference, lists, strict=True)])
     table = {}
     for name, logps in [*policies.items(), ("optimum pi*", best)]:
         table[name] = mean_scores([world_scores(*row, beta) for row in
-                                   zip(logps, reference, lengths, lists)])
+                                   zip(logps, reference, lengths, lists, strict=True)])
     return table
 
 
@@ -208,11 +213,11 @@ def print_accuracy(margins: Tensor, name: str, what: str) -> None:
     if not len(margins):
         print("  no prompt has a better and a worse response: no reward accuracy")
         return
-    for column, (name, rule) in enumerate((
-            (name, f"{what} is larger for the better response"),
-            ("length only", "the better response has fewer tokens"))):
-        value, low, high = bootstrap(lambda v: wins(v[:, column]), margins)
-        print(f"  accuracy of {name:15}  {value:.3f} [{low:.3f}, {high:.3f}]   share of "
+    for column, who, rule in (
+            (0, name, f"{what} is larger for the better response"),
+            (1, "length only", "the better response has fewer tokens")):
+        value, low, high = bootstrap(lambda v, column=column: wins(v[:, column]), margins)
+        print(f"  accuracy of {who:15}  {value:.3f} [{low:.3f}, {high:.3f}]   share of "
               f"{len(margins)} pairs where {rule}; ties are halves")
 
 
@@ -237,10 +242,10 @@ def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, prompts: Sequence
     lengths = torch.tensor([len(ids) for tree in trees for ids in tree.response_ids])
     truth = torch.tensor([[r for _, r, *_ in answers(*prompt)] for prompt in prompts])
     scores = torch.tensor([[*agreement(r, t), *agreement(-n, t)] for r, t, n in zip(
-        rewards, truth, lengths.view_as(rewards))])                              # [X, 4]
+        rewards, truth, lengths.view_as(rewards), strict=True)])                 # [X, 4]
     for column, name in enumerate(("accuracy of the reward model", "rank correlation",
                                    "accuracy of length only", "its rank correlation")):
-        value, low, high = bootstrap(lambda v: v[:, column].mean(), scores)
+        value, low, high = bootstrap(lambda v, column=column: v[:, column].mean(), scores)
         print(f"  {name:28}  {value:.3f} [{low:.3f}, {high:.3f}]")
     print(f"  over all pairs of the {rewards.shape[1]} answers to a prompt with different true "
           f"rewards; means of {len(prompts)} test prompts.\n  Length only prefers the shorter.")
@@ -265,33 +270,65 @@ def is_reward_model(flags: dict) -> bool:
     return flags["method"].endswith("reward_model")
 
 
-def measure_reward_model(path: str, dataset: str | None) -> None:
-    """Print how often a reward model is right, on the world or on a file."""
-    model, _, flags = load_run(path)
-    tokenizer = Tokenizer(flags["model_name_or_path"])
-    if on_world(flags, dataset):
-        print(f"{path} [95 % bootstrap interval over prompts]")
-        evaluate_world_rewards(model, tokenizer, held_out_prompts())
-        return
-    evaluate_file_rewards(model, announced_trees(path, flags, dataset))
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The end of each path, as much as tells it from the others and from the table's own rows."""
+    parts = [os.path.abspath(path).split(os.sep) for path in paths]
+    taken = [*parts, ["base"], ["base + SFT"], ["optimum pi*"]]
+    sizes = [next(n for n in range(1, len(own) + 1)
+                  if sum(other[-n:] == own[-n:] for other in taken) == 1) for own in parts]
+    return [os.sep.join(own[-n:]) for own, n in zip(parts, sizes, strict=True)]
 
 
-def announced_trees(path: str, flags: dict, dataset: str | None) -> list[Tree]:
-    """The trees of the records a run is measured on; prints which they are."""
-    file, records = held_out_records(path, flags, dataset)
-    print(f"{path} on {len(records)} records of {file} [95 % bootstrap interval over rows]")
-    return make_trees(records, Tokenizer(flags["model_name_or_path"]), "all", flags["max_length"],
-                      flags["max_prompt_length"])
+def held_out_trees(runs: Mapping[str, dict], dataset: str | None) -> dict[str, list[Tree]]:
+    """The trees every run is measured on, by path; prints which they are.
+
+    runs   {path: flags}
+    Runs on the same data get the same rows, what all of them held out, and all runs the same cuts:
+    at the longest lengths that one was trained with (PPO: its reward model) and all models have.
+    """
+    trees, texts = {}, [
+        read_run(flags["reward_model"]) if os.path.isdir(flags.get("reward_model") or "") else flags
+        for flags in runs.values()]
+    positions = min(read_config(flags["model_name_or_path"]).max_positions
+                    for flags in runs.values())
+    max_length = min(positions, max(flags["max_length"] for flags in texts))
+    max_prompt_length = min(max_length - 1, max(flags["max_prompt_length"] for flags in texts))
+    for path, flags in runs.items():
+        least = min((other for other in runs if runs[other]["dataset"] == flags["dataset"]),
+                    key=lambda other: runs[other]["held_out"])
+        file, records = held_out_records(least, runs[least], dataset)
+        print(f"{path}: measured on {len(records)} records of {file}, cut at {max_length} tokens, "
+              f"prompts at {max_prompt_length}")
+        trees[path] = make_trees(pair_points(records), run_tokenizer(path, flags), "all",
+                                 max_length, max_prompt_length)
+    return trees
 
 
-def evaluate_on_world(paths: Iterable[str], beta: float | None, json_file: str | None) -> None:
+def measure_run(path: str, trees: list[Tree] | None, beta: float | None) -> None:
+    """Print what a run is worth: a reward model's accuracy, else likelihoods.
+
+    trees   of a file; None: on the world, for a reward model only
+    beta    None: the run's
+    """
+    model, reference, flags = load_run(path)
+    print(f"{path} [95 % bootstrap interval over {'rows' if trees else 'prompts'}]")
+    if trees is None:
+        evaluate_world_rewards(model, run_tokenizer(path, flags), held_out_prompts())
+    elif is_reward_model(flags):
+        evaluate_file_rewards(model, trees)
+    else:
+        evaluate_file(model, reference, trees, flags["beta"] if beta is None else beta)
+
+
+def evaluate_on_world(paths: Sequence[str], beta: float | None, json_file: str | None) -> None:
     """Print one table for all runs on the world.
 
     raises  ValueError for runs with different references
     """
-    policies, prompts, reference = {}, held_out_prompts(), None
-    for path in paths:
-        run, tokenizer = load_run(path), Tokenizer(base_model())
+    policies, betas, prompts, reference = {}, set(), held_out_prompts(), None
+    for path, name in zip(paths, short_names(paths), strict=True):
+        run = load_run(path)
+        tokenizer = run_tokenizer(path, run.flags)
         if reference is None:
             sft_adapter = run.flags.get("sft_adapter")
             with run.reference() as reference_model:
@@ -300,15 +337,17 @@ def evaluate_on_world(paths: Iterable[str], beta: float | None, json_file: str |
         elif run.flags.get("sft_adapter") != sft_adapter:
             raise ValueError(f"{path} starts from --sft_adapter {run.flags.get('sft_adapter')}, "
                              f"the run before it from {sft_adapter}: measure them apart")
-        policies[os.path.basename(os.path.normpath(path))] = world_logps(
-            run.model, tokenizer, prompts)[0]
+        policies[name] = world_logps(run.model, tokenizer, prompts)[0]
+        betas.add(run.flags["beta"])
     beta = run.flags["beta"] if beta is None else beta
     table = evaluate_world(policies, reference, lengths, prompts, beta)
-    print("  ".join(["policy        ", *(f"{key:>11}" for key in WORLD_METRICS)]))
+    width = max(14, *map(len, table))
+    print("  ".join([f"{'policy':{width}}", *(f"{key:>11}" for key in WORLD_METRICS)]))
     for name, row in table.items():
-        print("  ".join([f"{name:14}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
+        print("  ".join([f"{name:{width}}", *(f"{row[key]:11.4g}" for key in WORLD_METRICS)]))
     print_samples(policies, prompts)
-    print(f"\n{len(prompts)} test prompts, beta {beta:g}. " + ". ".join(
+    print(f"\n{len(prompts)} test prompts, beta {beta:g}"
+          f"{' for all (the runs differ in theirs)' if len(betas) > 1 else ''}. " + ". ".join(
         f"{key}: {meaning}" for key, meaning in WORLD_METRICS.items()) + ".")
     if json_file:
         write_json(json_file, table)
@@ -317,27 +356,27 @@ def evaluate_on_world(paths: Iterable[str], beta: float | None, json_file: str |
 def evaluate_runs(paths: Sequence[str], dataset: str | None, beta: float | None,
                   json_file: str | None) -> None:
     """Print what every run is worth: one table for those on the world, a list for each other."""
-    flags_of = {path: read_run(path) for path in paths}
-    tabled = [path for path, flags in flags_of.items()
-              if on_world(flags, dataset) and not is_reward_model(flags)]
+    once = {}                                            # a run that is named twice counts once
+    for path in paths:
+        once.setdefault(os.path.abspath(path), path)
+    runs = {path: read_run(path) for path in once.values()}
+    on_files = {path: flags for path, flags in runs.items() if not on_world(flags, dataset)}
+    tabled = [path for path, flags in runs.items()
+              if path not in on_files and not is_reward_model(flags)]
     if json_file and not tabled:
         raise ValueError("--json writes the world's table, and none of these runs was on the world")
-    for path, flags in flags_of.items():
-        if is_reward_model(flags):
-            measure_reward_model(path, dataset)
-        elif path not in tabled:
-            model, reference, _ = load_run(path)
-            evaluate_file(model, reference, announced_trees(path, flags, dataset),
-                          flags["beta"] if beta is None else beta)
+    trees = held_out_trees(on_files, dataset) if on_files else {}
+    for path in runs:
+        if path not in tabled:
+            measure_run(path, trees.get(path), beta)
     if tabled:
         evaluate_on_world(tabled, beta, json_file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="output folders of train.py")
-    parser.add_argument("--dataset", help="evaluate on this file, not on what the run held out")
+    parser.add_argument("--dataset", help="evaluate on this data, not on what the run held out")
     parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
     parser.add_argument("--json", help="also write the world's table here")
     args = parser.parse_args(argv)

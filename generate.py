@@ -10,85 +10,37 @@ Distinct prompts go through the model once, packed without padding; then all row
 one token each, and a row that ends leaves the batch. A row depends on its prompt and its seed
 alone: other rows change its logits by float rounding at most.
 """
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from data import ROLES, Record, Tokenizer, encode_dialogue, read_dataset
-from files.cli import Help, check_ranges, run_cli, time_left
-from files.text import sha256
-from kernels.attention import Segments, attention, attention_segments
+from data import ROLES, Record, Tokenizer, encode_dialogue, read_prompts
+from files.cli import SEEDS, Help, Parser, check_ranges, run_cli, time_left, visible
+from files.text import append_text
+from kernels.attention import attention_segments
 from lora import load_adapter, lora_disabled, start_from_adapter
-from model import Llama, LlamaConfig, linear, load_llama
+from model import Cache, Llama, LlamaConfig, linear, load_llama
 from packing import group_by_size, truncate
-from training.checkpoint import check_order, claim_file
+from training.checkpoint import check_order, tokenizer_after
+from training.output import file_flags, own_file, rows_done
 
 PREFILL_TOKENS = 8192      # prompts go through the model in streams of up to this size
 HEAD_ROWS = 2000           # rows of the head per product: a CPU takes a fifth longer for 32,000
 Seeds = list[int] | int | torch.Generator | None      # see row_seeds
 
-# ---- the cache ----------------------------------------------------------------------------------
-
-class Cache:
-    """Keys and values of B rows that decode together, allocated once.
-
-    lengths          [B] int   prompt lengths, at most P
-    max_new_tokens   int       slots after the prompts
-    All prompts end in slot P - 1, so new tokens of all rows go to one slot, `end`; `mask` hides the
-    empty slots before a shorter prompt.
-    """
-
-    def __init__(self, model: Llama, lengths: list[int], max_new_tokens: int):
-        config, weight = model.config, model.lm_head.weight
-        self.end = max(lengths)
-        self.starts = [self.end - length for length in lengths]     # slot of a row's first token
-        shape = (len(lengths), config.num_key_value_heads, self.end + max_new_tokens,
-                 config.head_dim)                                                # [B, Hkv, S, Dh]
-        # zeros: a hidden slot gets weight 0, and 0 times uninitialised memory could be NaN
-        self.keys, self.values = ([weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-                                  for _ in range(2))
-        hidden = (torch.arange(shape[2], device=weight.device)
-                  < torch.tensor(self.starts, device=weight.device)[:, None])    # [B, S]
-        self.mask = weight.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
-
-    def fill(self, layer: int, places: Tensor, q: Tensor, k: Tensor, v: Tensor,
-             segments: Segments) -> Tensor:
-        """`attention` over a stream of prompts that also copies their k and v into the cache."""
-        rows, slots, positions = places          # [3, n] int64: where each position is copied to
-        self.keys[layer][rows, :, slots] = k[positions]
-        self.values[layer][rows, :, slots] = v[positions]
-        return attention(q, k, v, segments)
-
-    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: None) -> Tensor:
-        """`attention` of one new token per row: [B, H, Dh], [B, Hkv, Dh] -> [B, H, Dh]."""
-        rows, seen = slice(len(self.starts)), slice(min(self.starts), self.end + 1)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[rows, :, self.end], values[rows, :, self.end] = k, v
-        # queries that share a key head are passed as a sequence of G: no key is repeated
-        grouped = q.unflatten(1, (k.shape[1], -1))                               # [B, Hkv, G, Dh]
-        return F.scaled_dot_product_attention(grouped, keys[rows, :, seen], values[rows, :, seen],
-                                              self.mask[rows, :, :, seen]).flatten(1, 2)
-
-    def compact(self, alive: list[int]) -> list[int]:
-        """Drop all rows but `alive` (ascending); returns the former numbers of the rows left."""
-        order = list(range(len(alive)))       # the last rows move to where others were dropped
-        free = sorted(set(order) - set(alive))
-        for target, source in zip(free, alive[len(alive) - len(free):]):
-            order[target] = source
-            for tensor in (*self.keys, *self.values, self.mask):
-                tensor[target] = tensor[source]
-        self.starts = [self.starts[row] for row in order]
-        return order
-
+# ---- prompts ------------------------------------------------------------------------------------
 
 def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tuple[Cache, Tensor]:
     """Run every distinct prompt once: the cache of all rows, hidden [B, D] of their last tokens."""
@@ -124,7 +76,8 @@ class Sampling:
     max_new_tokens: int          # a row ends here, or after EOS
     temperature: float = 1.0     # divides the logits; 0 is greedy
     top_p: float = 1.0           # in (0, 1]: sample from the smallest set with this mass
-    eos_id: int | None = ...     # ends a row; left out: the model's own; None: nothing does
+    eos_id: int | Collection[int] | None = ...   # ends a row; left out: the model's; None: nothing
+    unused_ids: Sequence[int] = ()               # never sampled: Tokenizer.unused_ids
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -133,6 +86,11 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; expected >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected a number in (0, 1]")
+
+    def ends(self, config: LlamaConfig) -> frozenset[int]:
+        """All ids that end a row."""
+        ids = config.eos_token_id if self.eos_id is ... else self.eos_id
+        return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -190,15 +148,16 @@ def row_seeds(generator: Seeds, count: int) -> list[int]:
 
 def check_prompts(config: LlamaConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
     """Raise ValueError for a prompt that is empty, too long, or has ids outside the vocabulary."""
+    largest, positions = config.vocab_size - 1, config.max_positions
     for number, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompt {number} is empty; expected at least one token, BOS")
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
+        if min(ids) < 0 or max(ids) > largest:
             raise ValueError(f"prompt {number} has token ids {min(ids)}..{max(ids)}; expected "
-                             f"0..{config.vocab_size - 1}")
-        if len(ids) + max_new_tokens > config.max_positions:
+                             f"0..{largest}")
+        if len(ids) + max_new_tokens > positions:
             raise ValueError(f"prompt {number} has {len(ids)} tokens and asks for {max_new_tokens}"
-                             f"; the model has {config.max_positions} positions")
+                             f"; the model has {positions} positions")
 
 
 def next_logits(model: Llama, hidden: Tensor) -> Tensor:
@@ -216,8 +175,8 @@ def generate_tokens(model: Llama, prompts: list[list[int]], sampling: Sampling,
     seeds, rows = row_seeds(generator, len(prompts)), list(range(len(prompts)))
     if not rows:
         return
-    eos_id = model.config.eos_token_id if sampling.eos_id is ... else sampling.eos_id
     device, was_training = model.lm_head.weight.device, model.training
+    ends, unused = sampling.ends(model.config), torch.tensor(sampling.unused_ids, device=device)
     noise = torch.stack([
         torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
         for s in seeds]).to(device)                                              # [B, new]
@@ -228,10 +187,12 @@ def generate_tokens(model: Llama, prompts: list[list[int]], sampling: Sampling,
         attend = [partial(cache.extend, layer) for layer in range(len(cache.keys))]
         for step in range(max_new_tokens):
             logits = next_logits(model, hidden)                                  # [B, V]
+            if len(unused):
+                logits[:, unused] = -torch.inf
             input_ids = sample(logits, noise[:, step], sampling.temperature, sampling.top_p)
             ids = input_ids.tolist()               # the only wait for the device in a step
             yield list(zip(rows, ids))
-            alive = [place for place, token in enumerate(ids) if token != eos_id]
+            alive = [place for place, token in enumerate(ids) if token not in ends]
             if not alive or step + 1 == max_new_tokens:
                 return
             if len(alive) < len(rows):
@@ -246,12 +207,12 @@ def generate_tokens(model: Llama, prompts: list[list[int]], sampling: Sampling,
 
 
 def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-             top_p: float = 1.0, eos_id: int | None = ...,
-             generator: Seeds = None) -> list[list[int]]:
+             top_p: float = 1.0, eos_id: int | Collection[int] | None = ...,
+             generator: Seeds = None, unused_ids: Sequence[int] = ()) -> list[list[int]]:
     """Sample one continuation of every prompt.
 
     prompts          [[int]]   token ids, BOS first; K equal prompts cost one prefill
-    max_new_tokens, temperature, top_p, eos_id   see `Sampling`
+    max_new_tokens, temperature, top_p, eos_id, unused_ids   see `Sampling`
     generator        see `row_seeds`: the noise of row i depends on (generator, i) alone, so a list
                      of seeds gives the same text however the prompts are cut into batches
     returns          [[int]]   new tokens only; EOS is the last one where it was sampled
@@ -259,7 +220,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temper
     Adapters are used if they are on (`lora.lora_disabled`: the reference); dropout is off.
     """
     rows = [[] for _ in prompts]
-    sampling = Sampling(max_new_tokens, temperature, top_p, eos_id)
+    sampling = Sampling(max_new_tokens, temperature, top_p, eos_id, unused_ids)
     for tokens in generate_tokens(model, prompts, sampling, generator):
         for row, token in tokens:
             rows[row].append(token)
@@ -270,7 +231,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temper
 
 def prompt_ids_of(model: Llama, tokenizer: Tokenizer, turns: Sequence[tuple[str, str]],
                   max_new_tokens: int) -> list[int]:
-    """Ids of a dialogue in the Vicuna template, cut from the left where the model has no room."""
+    """Ids of a dialogue that asks for an answer, cut from the left where the model has no room."""
     positions = model.config.max_positions
     if (room := positions - max_new_tokens) < 2:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in "
@@ -289,11 +250,11 @@ def print_answer(tokenizer: Tokenizer, tokens: Iterable[list[tuple[int, int]]]) 
         for ((_, token),) in tokens:
             ids.append(token)
             before, printed = printed, tokenizer.decode(ids).rstrip("\ufffd")
-            print(printed[len(before):], end="", flush=True)
+            print(visible(printed[len(before):], "\n\t"), end="", flush=True)
     except KeyboardInterrupt:
         pass
     text = tokenizer.decode(ids)
-    print(text[len(printed):], flush=True)
+    print(visible(text[len(printed):], "\n\t"), flush=True)
     return text
 
 
@@ -317,30 +278,29 @@ def answer_file(model: Llama, tokenizer: Tokenizer, records: list[Record], out: 
     """Append a row for each record from number `done` on: prompt, completion, seed."""
     seeds, names = row_seeds(seed, len(records)), {name: role for role, name in ROLES.items()}
     start, num_tokens = time.perf_counter(), 0
-    with open(out, "a", encoding="utf-8") as file:
-        for first in range(done, len(records), batch_size):
-            batch = slice(first, min(first + batch_size, len(records)))
-            prompts = [prompt_ids_of(model, tokenizer, record.prompt, sampling.max_new_tokens)
-                       for record in records[batch]]
-            answers = generate(model, prompts, **vars(sampling), generator=seeds[batch])
-            for record, ids, row_seed in zip(records[batch], answers, seeds[batch]):
-                turns = [{"role": names[name], "content": text} for name, text in record.prompt]
-                file.write(json.dumps({
-                    "prompt": turns, "completion": tokenizer.decode(ids).strip(), "seed": row_seed,
-                    "tokens": len(ids), "ended": ids[-1] == tokenizer.eos_id}) + "\n")
-            file.flush()
-            num_tokens, seconds = num_tokens + sum(map(len, answers)), time.perf_counter() - start
-            print(f"{batch.stop}/{len(records)} answers  {num_tokens / seconds:.0f} tokens/s  "
-                  f"{time_left(seconds, batch.stop - done, len(records) - done)}",
-                  file=sys.stderr, flush=True)
+    for first in range(done, len(records), batch_size):
+        batch = slice(first, min(first + batch_size, len(records)))
+        prompts = [prompt_ids_of(model, tokenizer, record.prompt, sampling.max_new_tokens)
+                   for record in records[batch]]
+        answers = generate(model, prompts, **vars(sampling), generator=seeds[batch])
+        append_text(out, "".join(json.dumps({
+            "prompt": [{"role": names[name], "content": text} for name, text in record.prompt],
+            "completion": tokenizer.decode(ids).strip(), "seed": row_seed, "tokens": len(ids),
+            "ended": ids[-1] in tokenizer.eos_ids}) + "\n"
+            for record, ids, row_seed in zip(records[batch], answers, seeds[batch], strict=True)))
+        num_tokens, seconds = num_tokens + sum(map(len, answers)), time.perf_counter() - start
+        print(f"{batch.stop}/{len(records)} answers  {num_tokens / seconds:.0f} tokens/s  "
+              f"{time_left(seconds, batch.stop - done, len(records) - done)}",
+              file=sys.stderr, flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     flag = parser.add_argument
-    flag("--model", required=True, help="Hugging Face Llama folder with tokenizer.model")
+    flag("--model", required=True, help="Hugging Face folder of a Llama, with its tokenizer")
     flag("--adapter", nargs="+", help="PEFT folders in training order, as RUN/final of train.py")
     flag("--reference", action="store_true", help="turn the last adapter off")
+    flag("--chat_template", help="as in train.py (default: that of the run which made the model)")
     flag("--bf16", action="store_true", help="load weights in bf16, not float32")
     flag("--prompt", help="answer this one question and exit")
     flag("--dataset", help="answer every record's prompt of this file (see data.py)")
@@ -348,33 +308,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--overwrite", action="store_true", help="replace --out")
     flag("--batch_size", type=int, default=16, help="prompts at a time with --dataset")
     flag("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
-    flag("--temperature", type=float, default=0.7, help="divides the logits; 0: greedy")
+    flag("--temperature", type=float, help="divides the logits; 0: greedy, as with --prompt "
+         "where it is not given; else the default is 0.7")
     flag("--top_p", type=float, default=1.0, help="sample from the smallest set of this mass")
     flag("--seed", type=int, default=0, help="of the sampling; every row's seed is drawn from it")
     args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.7 if args.prompt is None else 0.0
     if args.reference and not args.adapter:
         raise ValueError("--reference turns off an --adapter, and none was given")
     if (args.dataset is None) != (args.out is None) or (args.dataset and args.prompt is not None):
         raise ValueError("--dataset and --out go together, and without --prompt")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty")
-    check_ranges(args, ("batch_size",), {})
+    check_ranges(args, ("batch_size",), {"seed": SEEDS})
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", Tokenizer(args.model)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_id)
+    check_order(args.adapter or [])
+    if args.dataset:
+        rows_done(args, file_flags(args))        # --out is this command's, before data are read
+        records = read_prompts(args.dataset)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = tokenizer_after(args.model, args.adapter or [], args.chat_template)
+    tokenizer.print_notes()
     model = load_llama(args.model, torch.bfloat16 if args.bf16 else torch.float32, device)
+    for before in (args.adapter or [])[:-1]:
+        start_from_adapter(model, before)
     if args.adapter:
-        check_order(args.adapter)
-        for before in args.adapter[:-1]:
-            start_from_adapter(model, before)
         load_adapter(model, args.adapter[-1])
-    if tokenizer.vocab_size < model.config.vocab_size:
-        raise ValueError(f"{args.model}: the tokenizer has {tokenizer.vocab_size} pieces, the "
-                         f"model {model.config.vocab_size}: some ids would have no text")
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
+                        tokenizer.unused_ids(model.config.vocab_size))
     generator = torch.Generator().manual_seed(args.seed)
 
     def answer(turns: list[tuple[str, str]]) -> str:
@@ -387,12 +353,9 @@ def main(argv: list[str] | None = None) -> None:
         elif args.dataset is None:
             chat(answer)
         else:
-            records = read_dataset(args.dataset)
-            flags = {"dataset_sha256": sha256(args.dataset), **vars(args)}
-            del flags["out"], flags["overwrite"]
-            done = claim_file(args.out, flags, args.batch_size, len(records), args.overwrite)
-            answer_file(model, tokenizer, records, args.out, done, args.batch_size, args.seed,
-                        sampling)
+            with own_file(args, len(records)) as done:
+                answer_file(model, tokenizer, records, args.out, done, args.batch_size, args.seed,
+                            sampling)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,27 @@ Several models can stand on one set of frozen weights, each with an adapter of i
 import math
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
+from files.folders import what_it_is
+from files.manifest import check_final
 from files.text import read_json, write_json
-from files.weights import misfits, read_files
+from files.weights import misfits, read_file, read_files, save_tensors
 from kernels.lora_linear import linear, lora_linear
 from model import Linear, Llama
 
 PREFIX = "base_model.model."        # PEFT wraps the model twice
+PATTERN_SECONDS = 2.0               # for a regular expression that names layers
+MAX_R = 2 ** 16                     # a larger rank is a mistake, and exhausts the memory
 
 # Keys of adapter_config.json that change no number beside those read here, and keys accepted with
 # these values only (other initialisations, such as PiSSA's, change the base model's weights).
@@ -107,6 +113,31 @@ def linear_names(model: nn.Module) -> list[str]:
             if isinstance(module, (Linear, LoRALinear)) and name != "lm_head"]
 
 
+def fully_matched(pattern: str, names: list[str]) -> list[str]:
+    """The names that a regular expression matches as a whole.
+
+    raises   ValueError for a bad expression, and for one that needs more than PATTERN_SECONDS: some
+             try exponentially many ways. An alarm ends it, in the main thread alone.
+    """
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError
+    alarmed = threading.current_thread() is threading.main_thread()
+    try:
+        if alarmed:
+            before = signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
+        compiled = re.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name)]
+    except (re.error, RecursionError, OverflowError, TimeoutError) as error:
+        reason = f"takes more than {PATTERN_SECONDS:g} s" if isinstance(
+            error, TimeoutError) else error
+        raise ValueError(f"target_modules {pattern[:80]!r}: {reason}") from None
+    finally:
+        if alarmed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def matching(names: list[str], target_modules: str | Sequence[str]) -> list[str]:
     """The names that target_modules selects, by PEFT's rules.
 
@@ -117,11 +148,7 @@ def matching(names: list[str], target_modules: str | Sequence[str]) -> list[str]
     if target_modules == "all-linear":
         return names
     if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r}: {error}") from None
-        selected = {target_modules: [name for name in names if pattern.fullmatch(name)]}
+        selected = {target_modules: fully_matched(target_modules, names)}
     else:
         selected = {target: [name for name in names if f".{name}".endswith(f".{target}")]
                     for target in target_modules}
@@ -139,8 +166,9 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
     differ before the first step.
     raises  ValueError for a target that names no linear layer, an adapter already there, r < 1
     """
-    if r < 1 or lora_layers(model):
-        raise ValueError(f"r = {r} must be at least 1" if r < 1 else "the model has adapters")
+    if not 1 <= r <= MAX_R or lora_layers(model):
+        raise ValueError("the model has adapters" if 1 <= r <= MAX_R else
+                         f"r = {r} must be at least 1, and at most {MAX_R}")
     names = matching(linear_names(model), target_modules)
     model.requires_grad_(False)
     for name in names:
@@ -244,7 +272,7 @@ def save_adapter(model: nn.Module, path: str, base_model: str = "") -> None:
         "init_lora_weights": True, "modules_to_save": ["score"] if has_head else None,
         "use_rslora": False, "use_dora": False, "inference_mode": True})
     tensors = {name: t.contiguous() for name, t in adapter_tensors(model).items()}
-    save_file(tensors, os.path.join(path, "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_tensors(tensors, os.path.join(path, "adapter_model.safetensors"), {"format": "pt"})
 
 
 def read_adapter_config(path: str, has_head: bool) -> dict:
@@ -256,16 +284,17 @@ def read_adapter_config(path: str, has_head: bool) -> dict:
     """
     file = os.path.join(path, "adapter_config.json")
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such file (a PEFT adapter folder has one)")
+        raise FileNotFoundError(f"{file}: no such file (a PEFT adapter folder has one)"
+                                f"{what_it_is(path, 'adapter')}")
     config = read_json(file)
     if missing := {"peft_type", "r", "lora_alpha", "target_modules"} - set(config):
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
-    targets = config["target_modules"]
+    targets, saved = config["target_modules"], config.get("modules_to_save") or []
     names = [targets] if isinstance(targets, str) else targets
     fits = {"r": type(config["r"]) is int and config["r"] > 0,
             "lora_alpha": type(config["lora_alpha"]) in (int, float),
             "target_modules": isinstance(names, list) and all(isinstance(n, str) for n in names),
-            "modules_to_save": isinstance(config.get("modules_to_save") or [], list)}
+            "modules_to_save": isinstance(saved, list) and all(isinstance(n, str) for n in saved)}
     if bad := [f"{key} is {config.get(key)!r}" for key in fits if not fits[key]]:
         raise ValueError(f"{file}: {', '.join(bad)}; PEFT writes an integer r, a number "
                          "lora_alpha, names or a pattern target_modules, a list modules_to_save")
@@ -274,7 +303,7 @@ def read_adapter_config(path: str, has_head: bool) -> dict:
              and value not in (None, False, {}, [], *ACCEPTED_VALUES.get(key, ()))]
     # PEFT lists "classifier" beside "score" for every sequence classifier, and may repeat one
     heads = {"score", "classifier"} if has_head else set()
-    if extra := set(config.get("modules_to_save") or []) - heads:
+    if extra := set(saved) - heads:
         wrong.append(f"modules_to_save = {sorted(extra)}")
     if wrong:
         raise ValueError(f"{file}: only plain LoRA is supported, not {', '.join(wrong)}")
@@ -288,13 +317,18 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     raises  ValueError listing every missing, unexpected and mis-shaped tensor, and for a config
             that is not plain LoRA
     """
+    check_final(path)
     config = read_adapter_config(path, hasattr(model, "score"))
-    if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
-    expected = adapter_tensors(model)
     file = os.path.join(path, "adapter_model.safetensors")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such file")
+    ranks = {len(t) for name, t in read_file(file) if name.endswith("lora_A.weight") and t.dim()}
+    if ranks and config["r"] not in ranks:                       # before layers of rank r are made
+        raise ValueError(f"{path}: adapter_config.json says r = {config['r']}, and the file's "
+                         f"lora_A have {', '.join(map(str, sorted(ranks)))} rows")
+    if not lora_layers(model):
+        add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
+    expected = adapter_tensors(model)
     if problems := misfits([file], {name: t.shape for name, t in expected.items()}):
         raise ValueError(f"{file}: does not fit the model: " + "; ".join(problems))
     for name, tensor in read_files([file]):

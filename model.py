@@ -9,16 +9,19 @@ packing and prompt sharing together. Module attributes carry the checkpoint's na
     hidden = model(input_ids)                        # [T, D] after the final norm
     logits = hidden @ model.lm_head.weight.T         # [T, V]
 """
+import math
 import os
 from collections.abc import Callable
 from itertools import repeat
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from files.config import LlamaConfig, read_config, write_config
+from files.config import Llama3Rope, LlamaConfig, read_config, write_config
+from files.manifest import check_final
 from files.weights import SHARD_BYTES, misfits, read_files, weight_files, write_weights
 from kernels.attention import Segments, attention
 from kernels.layers import rms_norm, rotary, swiglu
@@ -48,14 +51,25 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, added)
 
 
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0):
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, factor: float = 1.0,
+                  llama3: Llama3Rope | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of position / factor / theta^(2i / Dh), i < Dh/2: [T] -> two [T, Dh/2] float64.
 
     Source: RoFormer, arXiv:2104.09864, section 3.2; `factor` is linear position interpolation,
     arXiv:2306.15595. Computed in float64: at position 4096 a float32 angle is off by 1e-4.
+    llama3 divides slow frequencies by its factor: those that turn fewer than low_freq_factor times
+    in the context of pretraining, all of it, above high_freq_factor nothing, between in proportion
+    (Llama 3.1, arXiv:2407.21783; transformers' rope type llama3).
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).double() / head_dim
-    angles = (position_ids.double() / factor)[:, None] * theta ** -exponents     # [T, Dh/2]
+    frequencies = theta ** -exponents                                            # [Dh/2]
+    if llama3:
+        turns = llama3.original_max_position_embeddings * frequencies / (2 * math.pi)
+        share = (turns - llama3.low_freq_factor) / (
+            llama3.high_freq_factor - llama3.low_freq_factor)
+        share = share.clamp(0, 1)                                                # 1: as it is
+        frequencies = frequencies * (share + (1 - share) / llama3.factor)
+    angles = (position_ids.double() / factor)[:, None] * frequencies             # [T, Dh/2]
     return angles.cos(), angles.sin()
 
 
@@ -63,9 +77,10 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, self.head_dim = config.hidden_size, config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj, self.k_proj = Linear(width, width), Linear(width, kv_width)
-        self.v_proj, self.o_proj = Linear(width, kv_width), Linear(width, width)
+        q_width, kv_width = (heads * config.head_dim for heads in (
+            config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj, self.k_proj = Linear(width, q_width), Linear(width, kv_width)
+        self.v_proj, self.o_proj = Linear(width, kv_width), Linear(q_width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | None,
                 attend: Callable = attention, rows: Tensor | None = None) -> Tensor:
@@ -86,7 +101,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))     # [T, D]
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))            # [T, D]
 
 
 class Layer(nn.Module):
@@ -139,7 +154,7 @@ class Llama(nn.Module):
                 cache: list[Callable] | None = None, rows: Tensor | None = None) -> Tensor:
         """input_ids [T], position_ids [T], segments (see `attention`) -> hidden [T, D].
 
-        cache   for each layer what replaces `attention`: generate.py keeps k and v in it
+        cache   for each layer what replaces `attention`: a method of `Cache`
         rows    [S] int64, distinct: the positions whose hidden is wanted, the only ones that the
                 last layer computes beyond its attention; returns hidden [S, D]
         """
@@ -148,7 +163,8 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(input_ids)                                   # [T, D]
         config = self.config
         cos, sin = (t.to(x.dtype)[:, None] for t in rotary_angles(
-            position_ids, config.head_dim, config.rope_theta, config.rope_factor))
+            position_ids, config.head_dim, config.rope_theta, config.rope_factor,
+            config.rope_llama3))
         added = None
         for layer, attend in zip(self.model.layers, cache or repeat(attention), strict=False):
             arguments = cos, sin, segments, attend, rows if layer is self.model.layers[-1] else None
@@ -161,6 +177,60 @@ class Llama(nn.Module):
         return self.model.norm(x, added)[1]
 
 
+# ---- decoding -----------------------------------------------------------------------------------
+
+class Cache:
+    """Keys and values of B rows that decode together, allocated once.
+
+    lengths          [B] int   prompt lengths, at most P
+    max_new_tokens   int       slots after the prompts
+    All prompts end in slot P - 1, so new tokens of all rows go to one slot, `end`; `mask` hides the
+    empty slots before a shorter prompt.
+    """
+
+    def __init__(self, model: Llama, lengths: list[int], max_new_tokens: int):
+        config, weight = model.config, model.lm_head.weight
+        self.end = max(lengths)
+        self.starts = [self.end - length for length in lengths]     # slot of a row's first token
+        shape = (len(lengths), config.num_key_value_heads, self.end + max_new_tokens,
+                 config.head_dim)                                                # [B, Hkv, S, Dh]
+        # zeros: a hidden slot gets weight 0, and 0 times uninitialised memory could be NaN
+        self.keys, self.values = ([weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+                                  for _ in range(2))
+        hidden = (torch.arange(shape[2], device=weight.device)
+                  < torch.tensor(self.starts, device=weight.device)[:, None])    # [B, S]
+        self.mask = weight.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
+
+    def fill(self, layer: int, places: Tensor, q: Tensor, k: Tensor, v: Tensor,
+             segments: Segments) -> Tensor:
+        """`attention` over a stream of prompts that also copies their k and v into the cache."""
+        rows, slots, positions = places          # [3, n] int64: where each position is copied to
+        self.keys[layer][rows, :, slots] = k[positions]
+        self.values[layer][rows, :, slots] = v[positions]
+        return attention(q, k, v, segments)
+
+    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: None) -> Tensor:
+        """`attention` of one new token per row: [B, H, Dh], [B, Hkv, Dh] -> [B, H, Dh]."""
+        rows, seen = slice(len(self.starts)), slice(min(self.starts), self.end + 1)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, :, self.end], values[rows, :, self.end] = k, v
+        # queries that share a key head are passed as a sequence of G: no key is repeated
+        grouped = q.unflatten(1, (k.shape[1], -1))                               # [B, Hkv, G, Dh]
+        return F.scaled_dot_product_attention(grouped, keys[rows, :, seen], values[rows, :, seen],
+                                              self.mask[rows, :, :, seen]).flatten(1, 2)
+
+    def compact(self, alive: list[int]) -> list[int]:
+        """Drop all rows but `alive` (ascending); returns the former numbers of the rows left."""
+        order = list(range(len(alive)))       # the last rows move to where others were dropped
+        free = sorted(set(order) - set(alive))
+        for target, source in zip(free, alive[len(alive) - len(free):]):
+            order[target] = source
+            for tensor in (*self.keys, *self.values, self.mask):
+                tensor[target] = tensor[source]
+        self.starts = [self.starts[row] for row in order]
+        return order
+
+
 # ---- Hugging Face folders -----------------------------------------------------------------------
 
 def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
@@ -168,6 +238,7 @@ def load_llama(path: str, dtype: torch.dtype = torch.float32, device: str = "cpu
 
     raises  ValueError listing every missing, unexpected and mis-shaped tensor at once
     """
+    check_final(path)
     with torch.device("meta"):
         model = Llama(read_config(path))
     tied, files = model.config.tie_word_embeddings, weight_files(path)

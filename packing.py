@@ -26,6 +26,7 @@ from data import Record
 from kernels.attention import DenseSegments, Segments, attention_segments, to_device
 from tokenizer import Tokenizer, encode_dialogue
 
+MOST_STEPS = 10_000_000       # of a run
 MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
 
 
@@ -78,6 +79,34 @@ def used_responses(scores: tuple[float, ...], trains_on: str) -> list[int]:
         return [i for i in range(len(scores)) if i in paired]
     wanted = {"all": None, "positive": 1, "negative": 0}[trains_on]
     return [i for i, score in enumerate(scores) if wanted is None or score == wanted]
+
+
+def pair_points(records: list[Record], counts: Counter | None = None) -> list[Record]:
+    """The records, where single responses to one prompt become one record of up to MAX_RESPONSES.
+
+    For methods that train on pairs: labelled rows of a prompt, wherever they stand, pair up where
+    their scores differ. A text that was scored both ways is left out. Other records stay as they
+    are; `counts` is told what changed.
+    """
+    counts = Counter() if counts is None else counts
+    points = {}                     # prompt -> {response: its scores}
+    for record in records:
+        if len(record.responses) == 1:
+            found = points.setdefault(record.prompt, {})
+            found.setdefault(record.responses[0], set()).update(record.scores)
+    result = []
+    for record in records:
+        if len(record.responses) > 1:
+            result.append(record)
+            continue
+        found = points.pop(record.prompt, {})
+        judged = [(text, *scores) for text, scores in found.items() if len(scores) == 1]
+        counts["responses left out: scored both ways"] += len(found) - len(judged)
+        for i in range(0, len(judged), MAX_RESPONSES):
+            texts, scores = zip(*judged[i:i + MAX_RESPONSES], strict=True)
+            result.append(Record(record.prompt, texts, scores, record.where))
+            counts["pairs made of rows that share a prompt"] += len(score_pairs(scores))
+    return result
 
 
 def group_records(records: Iterable[Record], trains_on: str,
@@ -140,6 +169,23 @@ def one_negative_per_tree(trees: list[Tree]) -> list[Tree]:
     """A prompt with several bad answers becomes as many trees: each will have its own anchors."""
     return [Tree(tree.prompt_ids, [ids], [score], []) for tree in trees
             for ids, score in zip(tree.response_ids, tree.scores)]
+
+
+def mismatched_trees(trees: list[Tree], max_length: int) -> list[Tree]:
+    """Every prompt of a batch with another prompt's responses, for KTO; none if all are the same.
+
+    A tree gets the responses of the tree before it, the first those of the last; where that one has
+    the same prompt, of the one before that. They are cut where `truncate` cuts, unscored (z = 0).
+    """
+    made = []
+    for number, tree in enumerate(trees):
+        before = (trees[number - distance] for distance in range(1, len(trees)))
+        other = next((one for one in before if one.prompt_ids != tree.prompt_ids), None)
+        if other:
+            responses = [truncate(tree.prompt_ids, ids, max_length, max_length)[1]
+                         for ids in other.response_ids]
+            made.append(Tree(tree.prompt_ids, responses, [0.0] * len(responses), []))
+    return made
 
 
 # ---- trees -> streams ---------------------------------------------------------------------------
@@ -324,7 +370,11 @@ def plan_batches(sizes: list[int], batch_size: int, epochs: float, max_steps: in
     """Tree indices of every step of a run: max_steps of them if that is above 0, else of `epochs`.
 
     sizes, batch_size   see `epoch_batches`
+    raises              ValueError for more steps than MOST_STEPS
     """
+    steps = max_steps if max_steps > 0 else epochs * sum(sizes) / batch_size
+    if steps > MOST_STEPS:
+        raise ValueError(f"{steps:,} steps are more than can be planned ({MOST_STEPS:,})")
     batches = []
     if max_steps > 0 and sizes:
         epochs = math.inf

@@ -19,11 +19,11 @@ from data import Record
 from kernels import LinearLogps, linear_logps
 from kernels.attention import to_device
 from model import Llama
-from packing import Stream, Tree, build_stream, idle_stream, pack
-from ulma import (d2o_loss, dpo_loss, mse_reward_model_loss, negative_dpo_loss, pointwise_dpo_loss,
-                  pointwise_mse_loss, pointwise_reward_model_loss, positive_dpo_loss,
-                  response_logps, reward_model_loss, sft_loss, ulma_loss, ulma_mse_loss,
-                  unlearning_loss, unlikelihood_loss)
+from packing import Stream, Tree, build_stream, idle_stream, pack, pair_points
+from ulma import (d2o_loss, dpo_loss, ipo_loss, kto_loss, mse_reward_model_loss, negative_dpo_loss,
+                  pointwise_dpo_loss, pointwise_mse_loss, pointwise_reward_model_loss,
+                  positive_dpo_loss, response_logps, reward_model_loss, sft_loss, simpo_loss,
+                  ulma_loss, ulma_mse_loss, unlearning_loss, unlikelihood_loss)
 
 # Gives, as a context manager, the model to use as reference: partial(lora_disabled, model), the
 # same weights with adapters off; or partial(contextlib.nullcontext, other model).
@@ -41,6 +41,8 @@ class Method:
                          # negatives, each beside samples of the model itself
     reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
     reward_model: bool = False       # trains an adapter and a score head, not a policy
+    mean_logps: bool = False         # takes length averages, whatever --logp_reduction is
+    log_z: str = "fixed"             # "running" or "mismatched": estimated, see training/log_z.py
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Objective:
     alpha: float | None = None       # D2O's weight of the negative's log-ratio
     mean_logps: bool = False         # length averages instead of sums, as in the authors' code
     reduction: str = "mean"          # "mean" or "class", see `loss_weights`
+    gamma_beta_ratio: float = 0.5    # SimPO's margin is this times beta
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def unlikelihood(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
 
 def pointwise(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
               objective: Objective, loss: Callable[..., Tensor]) -> Tensor:
-    """Objectives of single responses with a score: ULMA and pointwise DPO."""
+    """Objectives of single responses with a score: ULMA, pointwise DPO, BCO, KTO."""
     return loss(policy_logps, reference_logps, stream.scores,
                 beta=objective.beta, log_z=objective.log_z)
 
@@ -93,12 +96,20 @@ def one_sided(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
     return loss(policy_logps, reference_logps, beta=objective.beta, log_z=objective.log_z)
 
 
-def dpo(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
-        objective: Objective) -> Tensor:
+def pairwise(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+             objective: Objective, loss: Callable[..., Tensor]) -> Tensor:
+    """DPO, whose last argument is beta, and IPO, which calls it tau."""
     policy_chosen_logps, policy_rejected_logps = policy_logps[stream.pairs].T            # [P] each
     reference_chosen_logps, reference_rejected_logps = reference_logps[stream.pairs].T
-    return dpo_loss(policy_chosen_logps, policy_rejected_logps,
-                    reference_chosen_logps, reference_rejected_logps, beta=objective.beta)
+    return loss(policy_chosen_logps, policy_rejected_logps,
+                reference_chosen_logps, reference_rejected_logps, objective.beta)
+
+
+def simpo(mean_logps: Tensor, reference_logps: Tensor, stream: Stream,
+          objective: Objective) -> Tensor:
+    chosen_mean_logps, rejected_mean_logps = mean_logps[stream.pairs].T          # [P] each
+    return simpo_loss(chosen_mean_logps, rejected_mean_logps, beta=objective.beta,
+                      gamma=objective.gamma_beta_ratio * objective.beta)
 
 
 def d2o(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
@@ -129,7 +140,14 @@ METHODS = {
     "ulma_mse":      Method(partial(pointwise, loss=ulma_mse_loss),      "all", "all"),
     "pointwise_dpo": Method(partial(pointwise, loss=pointwise_dpo_loss), "all", "all"),
     "pointwise_mse": Method(partial(pointwise, loss=pointwise_mse_loss), "all", "all"),
-    "dpo":           Method(dpo,                                       "pairs", "all"),
+    "bco":           Method(partial(pointwise, loss=pointwise_dpo_loss), "all", "all",
+                            log_z="running"),
+    "kto":           Method(partial(pointwise, loss=kto_loss),           "all", "all",
+                            log_z="mismatched"),
+    "dpo":           Method(partial(pairwise, loss=dpo_loss),            "pairs", "all"),
+    "ipo":           Method(partial(pairwise, loss=ipo_loss),            "pairs", "all"),
+    "simpo":         Method(simpo,                                     "pairs", "none",
+                            mean_logps=True),
     "sft":           Method(sft,                                       "positive", "none"),
     "positive_dpo":  Method(partial(one_sided, loss=positive_dpo_loss), "positive", "all"),
     "unlearning":    Method(unlearning,                                "negative", "none"),
@@ -157,7 +175,7 @@ def check_fit(name: str, records: Iterable[Record], methods: dict[str, Method] =
     scores = {score for record in records for score in record.scores}
     has = {"all": any(score < 1 for score in scores),        # else they reduce to SFT
            "positive": 1 in scores, "negative": 0 in scores, "anchors": 0 in scores,
-           "pairs": any(len(set(record.scores)) > 1 for record in records)}
+           "pairs": any(len(set(record.scores)) > 1 for record in pair_points(records))}
     fit = [other for other, method in methods.items() if has[method.trains_on]]
     if name not in fit:
         lack = {"pairs": "no prompt has a better and a worse response",
@@ -317,19 +335,20 @@ def loss_weights(stream: Stream, counts: dict[str, int], objective: Objective) -
 
 
 METRICS = ("rewards/positive", "rewards/negative", "logps/positive", "logps/negative",
-           "rewards/accuracies")
+           "rewards/accuracies", "rewards/margins")
 
 
 @torch.no_grad()
 def metric_sums(policy: Tensor, reference_logps: Tensor | None, stream: Stream,
                 objective: Objective) -> Tensor:
-    """(sum, count) of each of METRICS over a stream: [2 · 5] float64.
+    """(sum, count) of each of METRICS over a stream: [2 · 6] float64.
 
     policy           [R] float   log-probs, or a reward model's rewards
     reference_logps  [R] float   None from a reward model
     Positive is z = 1, negative z < 1. A policy's implicit reward is beta times its log-ratio, of
-    responses for which the reference was run; accuracies count pairs whose chosen response has the
-    larger reward, where all responses have one.
+    responses for which the reference was run, and SimPO's beta times the mean log-prob; accuracies
+    count pairs whose chosen response has the larger reward, where all responses have one, margins
+    are by how much.
     """
     method, positive = objective.method, stream.scores == 1
     everywhere = torch.ones_like(positive)
@@ -337,15 +356,16 @@ def metric_sums(policy: Tensor, reference_logps: Tensor | None, stream: Stream,
         rewards, logps, has_reward, has_logps = policy, policy, everywhere, ~everywhere
     else:
         rewards, logps, has_logps = objective.beta * (policy - reference_logps), policy, everywhere
-        has_reward = {"all": everywhere, "negative": stream.scores < 1,
-                      "none": ~everywhere}[method.reference]
+        has_reward = everywhere if method.trains_on == "pairs" else {
+            "all": everywhere, "negative": stream.scores < 1,
+            "none": ~everywhere}[method.reference]
     sums = []
     for values, mask in ((rewards, positive & has_reward), (rewards, ~positive & has_reward),
                          (logps, positive & has_logps), (logps, ~positive & has_logps)):
         sums += [(values * mask).sum(), mask.sum()]
-    if method.reward_model or method.reference == "all":
-        chosen, rejected = rewards[stream.pairs].T
-        sums += [(chosen > rejected).sum(), rewards.new_full((), len(chosen))]
-    else:
-        sums += [rewards.new_zeros(()), rewards.new_zeros(())]
+    chosen, rejected = rewards[stream.pairs].T
+    of_all = method.reward_model or method.reference == "all" or method.trains_on == "pairs"
+    num_pairs = rewards.new_full((), len(chosen) if of_all else 0)
+    sums += [of_all * (chosen > rejected).sum(), num_pairs,
+             of_all * (chosen - rejected).sum(), num_pairs]
     return torch.stack([part.double() for part in sums])

@@ -13,6 +13,10 @@ gradient.
 The same command continues a run that was killed, on a CPU to the same bits (same number of
 ranks).
 """
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import argparse
 import math
 import os
@@ -26,21 +30,23 @@ import torch
 from torch import Tensor
 
 import d2o
-from files.cli import Help, check_ranges, run_cli, time_left
-from files.text import sha256
+from files.cli import SEEDS, Help, Parser, check_ranges, run_cli, time_left
 from generate import Sampling
 from kernels import choose_linear_logps
 from kernels.attention import ATTENTIONS, choose_attention
+from lora import read_adapter_config
 from model import Llama
 from packing import Stream, shard
 from step import (METHODS, METRICS, Compute, Method, Objective, Reference, batch_counts,
                   group_trees, loss_weights, metric_sums, micro_batches, scored_hidden,
                   stream_rewards)
-from training.checkpoint import (claim_output_dir, resume, save_final, save_or_stop, starts_from,
-                                 trainable, write_metrics)
+from training.checkpoint import resume, save_final, save_or_stop, starts_from, trainable
+from training.log_z import LogZ
+from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
 from training.ranks import (Ranks, all_reduce_gradients_, clip_gradients_, learning_rate, running)
 from training.reference_cache import cache_reference, reference_key
 from training.setup import Setup, describe_reference, set_up
+from training.start_check import CHECKED_DEVICES, check_start
 from ulma import response_logps
 from world import WORLD_FLAGS, base_model, data_file, ensure_world
 
@@ -56,10 +62,10 @@ def accumulate_gradient(model: Llama, reference: Reference,
                trees, and it does not run
     streams    see step.micro_batches
     counts     of the whole batch, see step.batch_counts
-    returns    [loss, tokens, sums and counts of METRICS]: [2 + 2 · 5] float64, which stay
+    returns    [loss, tokens, sums and counts of METRICS]: [2 + 2 · 6] float64, which stay
                on the device: no synchronisation within a step
     """
-    method, mean = objective.method, objective.mean_logps
+    method, mean = objective.method, objective.mean_logps or objective.method.mean_logps
     totals = torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64, device=compute.device)
     for stream, reference_stream in streams:
         num_responses, reference_logps = len(stream.scores), None
@@ -82,7 +88,7 @@ def accumulate_gradient(model: Llama, reference: Reference,
         loss = (losses * loss_weights(stream, counts, objective)).sum()
         loss.backward()
         num_tokens = len(stream.input_ids) if num_responses else 0       # not of an idle pass
-        tokens = loss.new_tensor(num_tokens, dtype=torch.float64)
+        tokens = loss.new_full((), num_tokens, dtype=torch.float64)
         totals += torch.cat([
             torch.stack([loss.detach().double(), tokens]),
             metric_sums(policy.detach(), reference_logps, stream, objective)])
@@ -97,8 +103,10 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
     warmup_steps = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
-    first = resume(setup.folder, model, optimizer, ranks, len(batches))
-    log = Log(args.output_dir, args.logging_steps, first, len(batches))
+    first, state = resume(setup.folder, model, optimizer, ranks, len(batches))
+    since_line, reward_sums = state or (None, None)
+    log = Log(args.output_dir, args.logging_steps, first, len(batches), since_line)
+    log_z = LogZ(args, setup, objective, compute, ranks, reward_sums)
     for step in range(first, len(batches)):
         if anchors and (step == first or (args.refresh_anchors and
                                           step % args.refresh_anchors == 0)):
@@ -111,7 +119,7 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
         totals = accumulate_gradient(
             model, setup.reference,
             micro_batches(shares[ranks.rank], objective.method, compute, passes),
-            batch_counts(batch), objective, compute)
+            batch_counts(batch), log_z.objective_for(batch), compute)
         *totals, stop_signal = all_reduce_gradients_(
             parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
         grad_norm = clip_gradients_(parameters, args.max_grad_norm, totals[0],
@@ -121,19 +129,28 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        log_z.add(totals)
         if ranks.is_first:
             log.add(step + 1, totals, grad_norm, lr)
-        save_or_stop(setup.folder, step + 1, len(batches), model, optimizer, ranks, stop_signal)
+        save_or_stop(setup.folder, step + 1, len(batches), model, optimizer, ranks, stop_signal,
+                     [log.since_line(), log_z.sums])
 
 
 class Log:
     """One line per logged step on the screen and in metrics.jsonl: means since the last line."""
 
-    def __init__(self, output_dir: str, logging_steps: int, first: int, total_steps: int):
+    def __init__(self, output_dir: str, logging_steps: int, first: int, total_steps: int,
+                 since_line: Sequence[float] | None = None):
         self.output_dir, self.logging_steps = output_dir, logging_steps
         self.first, self.total_steps = first, total_steps
-        self.start = self.last_time = time.perf_counter()
-        self.steps, self.sums = 0, torch.zeros(2 + 2 * len(METRICS), dtype=torch.float64)
+        self.steps, seconds, *sums = since_line or [0.0] * (4 + 2 * len(METRICS))
+        self.sums = torch.tensor(sums, dtype=torch.float64)
+        self.start = time.perf_counter()
+        self.last_time = self.start - seconds
+
+    def since_line(self) -> list[float]:
+        """Steps, seconds and sums since the last line, for a run that goes on from here."""
+        return [self.steps, time.perf_counter() - self.last_time, *self.sums.tolist()]
 
     def add(self, step: int, totals: Sequence[float], grad_norm: float, lr: float) -> None:
         """Add one step's totals, over all ranks; write a line if one is due."""
@@ -166,9 +183,11 @@ def check_flags(args: argparse.Namespace, method: Method) -> None:
     zero_or_more = (0, math.inf)
     check_ranges(args, ("batch_size", "micro_tokens", "logging_steps", "save_steps",
                         "save_total_limit"), {
-        "held_out": (0, 1), "lora_dropout": (0, 1), "log_z": (-math.inf, math.inf),
+        "held_out": (0, 1), "lora_dropout": (0, 1), "log_z": (-math.inf, math.inf), "seed": SEEDS,
         **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs",
                          "beta", "lora_alpha", "max_grad_norm"), zero_or_more)})
+    for path in filter(None, (args.sft_adapter, args.reference_plus, args.reference_minus)):
+        read_adapter_config(path, has_head=False)
     before = args.sft_adapter and starts_from(args.sft_adapter)
     output_dir = os.path.abspath(args.output_dir)
     for refused, message in (
@@ -220,22 +239,27 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str] | None = None,
                methods: Mapping[str, Method] = METHODS) -> argparse.Namespace:
     """The flags, checked; `methods` are what --method may name."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=(
+    parser = Parser(description=__doc__, formatter_class=Help, epilog=(
         "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
     flag = parser.add_argument_group("what").add_argument
-    flag("--method", choices=methods, default="ulma", help="objective, see ulma.py")
+    flag("--method", choices=methods, default="ulma", help="objective: ulma.py has the formulas, docs/usage.md what each trains on")
     flag("--model_name_or_path", help="Hugging Face Llama folder (default: the embedded world's)")
+    flag("--chat_template", help="vicuna; model: the folder's own; or a jinja file (default: the "
+                                 "folder's chat_template.jinja, else vicuna; docs/usage.md)")
     flag("--sft_adapter", help="PEFT folder, from train.py or not: policy and reference start from "
                                "the model with this adapter")
-    flag("--dataset", help="HH, Golden HH, QA-feedback, red-team or JSONL file, .gz or not "
+    flag("--dataset", help="HH, Golden HH, QA-feedback, red-team or JSONL file, .gz or not; a folder "
+                           "of them, or several with commas between "
                            "(default: the embedded world's)")
     flag("--held_out", type=float, default=0.0,
          help="fraction of prompts never trained on (eval.py reads it from the run)")
     flag("--output_dir", default="runs/METHOD", help="METHOD stands for --method")
     flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
     flag = parser.add_argument_group("objective").add_argument
-    flag("--beta", type=float, default=0.1, help="multiplies log pi/pi_ref: KL strength")
-    flag("--log_z", type=float, default=0.0, help="stand-in for beta log Z(x); 0 is the papers'")
+    flag("--beta", type=float, default=0.1, help="multiplies log pi/pi_ref: KL strength; "
+         "ipo's tau; simpo wants about 2, and its margin is half of it")
+    flag("--log_z", type=float, default=0.0, help="stand-in for beta log Z(x); 0 is the papers'; "
+         "added to what bco and kto estimate")
     flag("--logp_reduction", choices=("sum", "mean"), default="sum",
          help="log-prob of a response: sum (papers) or mean per token (authors' code)")
     flag("--reduction", choices=("mean", "class"), default="mean",
@@ -244,7 +268,8 @@ def parse_args(argv: Sequence[str] | None = None,
     flag = parser.add_argument_group("optimization").add_argument
     flag("--learning_rate", type=float, default=1e-5, help="peak learning rate")
     flag("--batch_size", type=int, default=64,
-         help="responses per step over all ranks; pairs for dpo and reward_model; prompts for d2o")
+         help="responses per step over all ranks; pairs for methods of pairs; prompts for d2o. "
+              "A prompt with more of them is a step of its own")
     flag("--num_train_epochs", type=float, default=1.0, help="passes over the data")
     flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
     flag("--warmup_steps", type=float, default=0, help="linear warm-up; < 1 is a fraction")
@@ -288,8 +313,11 @@ def make_anchor_source(args: argparse.Namespace, setup: Setup, objective: Object
         trees=setup.trees, batches=setup.batches, refresh=args.refresh_anchors,
         num_anchors=args.num_anchors,
         sampling=Sampling(args.anchor_tokens, args.anchor_temperature, args.anchor_top_p,
-                          setup.tokenizer.eos_id),
-        seed=args.seed, mean_logps=objective.mean_logps, compute=compute, ranks=ranks)
+                          setup.tokenizer.eos_ids,
+                          setup.tokenizer.unused_ids(setup.model.config.vocab_size)),
+        seed=args.seed, mean_logps=objective.mean_logps, compute=compute, ranks=ranks,
+        given=partial(d2o.read_given_anchors, args, setup.trees, setup.tokenizer)
+        if args.anchors else None)
 
 
 def with_cached_reference(args: argparse.Namespace, setup: Setup, objective: Objective,
@@ -297,10 +325,12 @@ def with_cached_reference(args: argparse.Namespace, setup: Setup, objective: Obj
     """Cache the reference's log-probs in the trees if the run has several epochs, or trains all
     weights (the reference copy is then freed).
 
-    Not with --fsdp: ranks that share a sharded model would have to run it in step.
+    Not with --fsdp: ranks that share a sharded model would have to run it in step. Nor for KTO,
+    whose mismatched responses need the reference in every step.
     """
     method, epochs = objective.method, sum(map(len, setup.batches)) / len(setup.trees)
-    if method.reference == "none" or args.fsdp or (args.lora_r and epochs <= 1):
+    if (method.reference == "none" or method.log_z == "mismatched" or args.fsdp
+            or (args.lora_r and epochs <= 1)):
         return setup
     key = reference_key(
         setup.trees, args.model_name_or_path, args.sft_adapter, method.reference,
@@ -320,23 +350,32 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
                           choose_attention(args.attention, device.type))
         if args.dataset is None:
             use_world(args, method, ranks)
-        setup = set_up(args, methods, ranks, device)
-        if ranks.is_first:
-            claim_output_dir(args.output_dir, vars(args) | {
-                "dataset_sha256": sha256(args.dataset),
-                "reference": describe_reference(args, method)}, args.overwrite_output_dir)
-        ranks.barrier()
         objective = Objective(method, args.beta, args.log_z, args.alpha,
                               args.logp_reduction == "mean", args.reduction)
-        with ranks.stop:
-            anchors = None
-            if method.trains_on == "anchors":
-                anchors = make_anchor_source(args, setup, objective, compute, ranks)
-            else:
-                setup = with_cached_reference(args, setup, objective, compute, ranks)
-            train(args, setup, objective, compute, ranks, anchors)
+        inputs = (args.sft_adapter, args.reference_plus, args.reference_minus,
+                  args.anchors and args.anchors.replace("STEP", "0"))
+        flags = run_flags(args, inputs, ranks, device) | {
+            "reference": describe_reference(args, method)}
+        with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):
+            setup = set_up(args, methods, ranks, device)
+            if device.type in CHECKED_DEVICES:
+                flags["start_check"] = errors = check_start(
+                    setup.model, [setup.trees[n] for n in setup.batches[0]], method, compute)
+                if ranks.is_first:
+                    print("checked against plain torch, relative errors:", ", ".join(
+                        f"{name} {error:.1e}" for name, error in errors.items()))
             if ranks.is_first:
-                save_final(setup.folder, setup.model, setup.tokenizer)
+                claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
+            ranks.barrier()
+            with ranks.stop:
+                anchors = None
+                if method.trains_on == "anchors":
+                    anchors = make_anchor_source(args, setup, objective, compute, ranks)
+                else:
+                    setup = with_cached_reference(args, setup, objective, compute, ranks)
+                train(args, setup, objective, compute, ranks, anchors)
+                if ranks.is_first:
+                    save_final(setup.folder, setup.model, setup.tokenizer)
 
 
 if __name__ == "__main__":

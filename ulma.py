@@ -78,6 +78,7 @@ def pointwise_dpo_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Te
     Source: Eq. 8. Its gradient in h is σ(h) - z.
     Differs: Eq. 7 prints σ(1 - r) for 1 - σ(r), and section 4.3 swaps the two gradient weights;
     the authors' trainer passes length averages (`--logp_reduction mean`).
+    Note: BCO, arXiv:2404.04656, is this with log_z = -(running mean of beta (log π - log π_ref)).
     """
     reward_logits = beta * (policy_logps - reference_logps) + log_z              # [R]
     return -(scores * F.logsigmoid(reward_logits) + (1 - scores) * F.logsigmoid(-reward_logits))
@@ -180,12 +181,13 @@ def d2o_loss(policy_anchor_logps: Tensor, policy_negative_logps: Tensor,
     return -F.logsigmoid(reward_logits)                                          # [P]
 
 
-# ---- related objectives, no --method yet --------------------------------------------------------
+# ---- rivals of the papers' objectives ----------------------------------------------------------
 
 def ipo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
              reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
              tau: float) -> Tensor:
-    """(ρ(chosen) - ρ(rejected) - 1 / (2 tau))²: a margin to reach, not one to grow without end.
+    """(ρ(chosen) - ρ(rejected) - 1 / (2 tau))², ρ = log π - log π_ref: a margin to reach, not one
+    to grow without end.
 
     policy_chosen_logps, …  [P] float   nats
     tau                     KL strength
@@ -210,48 +212,21 @@ def simpo_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: flo
     return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
 
 
-def kto_reference_point(policy_mismatched_logps: Tensor,
-                        reference_mismatched_logps: Tensor) -> Tensor:
-    """z0 = max(0, mean ρ(y' | x)), a biased estimate of KL(π || π_ref): [M], [M] -> [] detached.
+def kto_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor, beta: float,
+             log_z: float = 0.0) -> Tensor:
+    """z σ(-h) + (1 - z) σ(h),  h = beta (log π - log π_ref) + log_z: outliers count for little.
 
-    M responses y' that belong to other prompts than x. With several ranks: the mean over all, then
-    the maximum.
-    Source: KTO, arXiv:2402.01306.
+    policy_logps     [R] float   nats
+    reference_logps  [R] float   constant
+    scores           [R] float   z, 1 or 0
+    log_z            -beta z0; z0, a constant, estimates KL(π || π_ref) as the mean log-ratio of
+                     responses under prompts they do not belong to, at least 0 (training/log_z.py)
+    returns          [R] float   loss per response, in [0, 1]
+    Source: KTO, arXiv:2402.01306; its weights of the two labels multiply these losses, in the
+    ratio that balances them with `--reduction class`.
     """
-    logratios = policy_mismatched_logps - reference_mismatched_logps             # [M]
-    return logratios.mean().clamp(min=0).detach()
-
-
-def kto_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor,
-             reference_point: Tensor | float, beta: float, positive_weight: float = 1.0,
-             negative_weight: float = 1.0) -> Tensor:
-    """λ₊ z σ(beta (z0 - ρ)) + λ₋ (1 - z) σ(beta (ρ - z0)): bounded, so outliers count for little.
-
-    policy_logps, reference_logps     [R] float   nats
-    scores                            [R] float   z, 1 or 0
-    reference_point                   []          z0, a constant (`kto_reference_point`)
-    positive_weight, negative_weight  λ₊, λ₋
-    returns                           [R] float   loss per response, in [0, λ]
-    Source: KTO, arXiv:2402.01306; the labels' weights are its λ_D and λ_U.
-    """
-    margins = beta * (policy_logps - reference_logps - reference_point)          # [R]
-    return (positive_weight * scores * torch.sigmoid(-margins)
-            + negative_weight * (1 - scores) * torch.sigmoid(margins))
-
-
-def bco_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor, delta: float,
-             beta: float) -> Tensor:
-    """-[z log σ(beta ρ - delta) + (1 - z) log σ(delta - beta ρ)].
-
-    policy_logps, reference_logps  [R] float   nats
-    scores                         [R] float   z, 1 or 0
-    delta                          running mean of beta ρ over all responses; a constant
-    returns                        [R] float   loss per response, nats
-    Source: BCO, arXiv:2404.04656.
-    Note: point-wise DPO with log_z = -delta: an estimate of what ULMA sets to 0.
-    """
-    reward_logits = beta * (policy_logps - reference_logps) - delta              # [R]
-    return -(scores * F.logsigmoid(reward_logits) + (1 - scores) * F.logsigmoid(-reward_logits))
+    reward_logits = beta * (policy_logps - reference_logps) + log_z              # [R]
+    return scores * torch.sigmoid(-reward_logits) + (1 - scores) * torch.sigmoid(reward_logits)
 
 
 # ---- reward models -------------------------------------------------------------------------------

@@ -18,15 +18,18 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from functools import cache
+from typing import Any
 
 import sentencepiece
 import torch
 
 from files.cli import run_cli
-from files.text import write_text
+from files.lock import locked
+from files.text import remove_leftovers, write_text
 from model import Llama, LlamaConfig, save_llama
 from tokenizer import VICUNA_SYSTEM
 
@@ -68,8 +71,9 @@ REWARD = {
 MANNER = {"kind": 0.7, "neutral": 0.2, "secret": -1.2, "rude": -1.0}
 TELLS_HOW = ("instruction", "reckless", "careful", "crime")
 
-# How often the base says what, before normalisation: it tells harmful requests apart, but answers
-# half of them all the same. An opening and a body that contradict each other are rare.
+# Sampling weights of the base model's answers, before normalisation: it tells harmful requests
+# apart, but answers half of them all the same. An opening and a body that contradict each other
+# are rare.
 HABIT = {
     False: {"agree": 4, "neutral": 3, "refuse": 1, "rude": 3,
             "instruction": 4, "reckless": 4, "careful": 3, "refusal": 1, "referral": 2,
@@ -168,13 +172,13 @@ BASE_CONFIG = {"vocab_size": 768, "hidden_size": 128, "intermediate_size": 384,
 BASE_FLAGS = {"method": "sft", "lora_r": 0, "learning_rate": 1.5e-3, "batch_size": 32,
               "num_train_epochs": 2, "warmup_steps": 20, "micro_tokens": 2048}
 BASE_ROUNDS, BASE_DRAWS = 8, 8     # passes over all prompts, answers drawn by habit to each
-# Words with one habit ("Stay", "Tell") would end with nearly equal rows of the head, and no adapter
-# could then prefer one of them: its hidden states have one norm. Far apart from the start, they
-# stay so, as those of a large model are.
+# Tokens used in the same way ("Stay", "Tell") would get nearly equal rows of the head, which no
+# adapter could then tell apart. A large initial standard deviation keeps the rows apart, as those
+# of a large model are.
 BASE_HEAD_STD = 0.15
 DATA_SEED, DATA_RESPONSES = 1, 4000
 
-# The first world's folder is named by an older rule; results/ was measured on it.
+# Digest -> folder name of the world that results/ was measured on, from an older rule.
 FIRST_WORLD = {"c825ea71": "45ca539c"}
 
 
@@ -230,25 +234,9 @@ def write_random_model(folder: str) -> None:
     save_llama(model, folder)
 
 
-def train_base(folder: str, start: str) -> None:
-    """Train the base model by train.py, in a process of its own with its own ranks."""
-    inherited = {key: value for key, value in os.environ.items() if key not in (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
-    flags = BASE_FLAGS | {"model_name_or_path": start, "dataset": data_file("base"),
-                          "output_dir": os.path.join(folder, "base"), "logging_steps": 40,
-                          "save_steps": 200}
-    command = [sys.executable, os.path.join(HERE, "train.py")]
-    for name, value in flags.items():
-        command += [f"--{name}", str(value)]
-    subprocess.run(command, check=True, env=inherited)
-
-
-def ensure_world() -> None:
-    """Build the world's files unless they are there; about a minute on two cores."""
-    if os.path.isdir(base_model()):
-        return
-    folder, start = world_folder(), os.path.join(world_folder(), "random")
-    print(f"building the embedded world in {folder} (once)", flush=True)
+def write_world(folder: str, start: str) -> None:
+    """Write the data, the tokenizer and the base's random weights."""
+    remove_leftovers(folder)
     os.makedirs(start, exist_ok=True)
     rng, rows = random.Random(0), []
     for verb, thing in prompts() * BASE_ROUNDS:
@@ -262,7 +250,60 @@ def ensure_world() -> None:
     train_tokenizer(start, [VICUNA_SYSTEM + " USER: ASSISTANT:"] * 50 + [
         f"{row['prompt']} {row['completion']}" for row in rows[::4]])
     write_random_model(start)
-    train_base(folder, start)
+
+
+def run_child(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end, and return its exit code: the negative number of a signal if one
+    killed it. Ctrl-C and SIGTERM reach it once, and it is waited for: it saves before it leaves."""
+    children = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        # a group of its own: a terminal's Ctrl-C would reach it twice
+        children.append(subprocess.Popen(command, env=environment, process_group=0))
+        return children[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_base(folder: str, start: str) -> None:
+    """Train the base model by train.py, in a process of its own with its own ranks."""
+    inherited = {key: value for key, value in os.environ.items() if key not in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")}
+    flags = BASE_FLAGS | {"model_name_or_path": start, "dataset": data_file("base"),
+                          "output_dir": os.path.join(folder, "base"), "logging_steps": 40,
+                          "save_steps": 200}
+    command = [sys.executable, os.path.join(HERE, "train.py")]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    code = run_child(command, inherited)
+    if code < 0:
+        raise ChildProcessError(f"training the base model was ended by signal {-code}; the same "
+                                "command continues it")
+    if code:                                             # it has told why
+        sys.exit(code)
+
+
+def ensure_world() -> None:
+    """Build the world's files unless they are there; about a minute on two cores.
+
+    Where the base's training was interrupted, it goes on.
+    """
+    if os.path.isdir(base_model()):
+        return
+    folder, start = world_folder(), os.path.join(world_folder(), "random")
+    with locked(os.path.join(folder, ".lock"), folder):
+        if os.path.isdir(base_model()):                  # another process has just built it
+            return
+        if not os.path.isfile(os.path.join(folder, "base", "args.json")):
+            print(f"building the embedded world in {folder} (once)", flush=True)
+            write_world(folder, start)
+        train_base(folder, start)
 
 
 def main() -> None:

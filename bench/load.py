@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from machine import bf16_instructions, cpu_name
+from task import SIZES
 
 if TYPE_CHECKING:
     from model import LlamaConfig
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--source", choices=("safetensors", "bin"), default="safetensors",
                         help="bfloat16 safetensors (default), or float16 .bin")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+    parser.add_argument("--size", choices=tuple(SIZES), default="7b", help="the model's shape")
     parser.add_argument("--tmp", help="folder for the 13.5 GB model (default: the system's)")
     parser.add_argument("--keep", action="store_true", help="leave the model there")
     parser.add_argument("--out", type=Path, default=Path("bench/results/load-7b.json"))
@@ -263,10 +265,10 @@ def main() -> None:
         return work(args.worker, args.device)
     from model import LlamaConfig
 
-    words = ["--source", args.source, "--device", args.device]                   # no path
+    words = [f"--{key} {getattr(args, key)}" for key in ("source", "device", "size")]    # no path
     try:
         report = {"command": " ".join(["python bench/load.py", *words]),
-                  **measure(LlamaConfig(), args.source, args.device, args.tmp, args.keep)}
+                  **measure(LlamaConfig(**SIZES[args.size]), args.source, args.device, args.tmp, args.keep)}
     except RuntimeError as error:
         raise SystemExit(f"bench/load.py: {error}") from None
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The ground floor: weights, text files, the command line. Imports nothing of the project."""
+"""File formats and command-line helpers. Imports nothing of the project."""

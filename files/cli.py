@@ -1,36 +1,147 @@
-"""What every command shares: one sentence for bad input, checked ranges, the time that is left."""
+"""What every command shares: flags, bad input as one sentence, checked ranges, the time left."""
 import argparse
-import math
+import difflib
+import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+MESSAGE_LENGTH = 1000      # characters of an error message; a longer one loses its middle
+INPUT_ERRORS = (ValueError, OSError, FloatingPointError)     # what bad input may raise
+
+SEEDS = (-2**31, 2**31 - 1)      # what a seed may be: a step's seed is made of it in 64 bits
+
+# What can move a terminal's cursor, turn the order of text around or cannot be encoded: control
+# characters, marks of writing direction, lone surrogates.
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text with control characters as escapes, but for those in `keep` ("\\n\\t" for answers)."""
+    return HIDDEN.sub(lambda found: found[0] if found[0] in keep
+                      else found[0].encode("unicode_escape").decode(), text)
+
+
+# ---- how a command ends -------------------------------------------------------------------------
+
+def leave_at_once(number: int, frame: Any) -> None:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
+def catch_interrupts() -> None:
+    """Ctrl-C ends this process in one line: for the seconds in which a command imports torch."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:        # as in the background
+        signal.signal(signal.SIGINT, leave_at_once)
+
+
+def sentence_of(error: BaseException) -> str:
+    """One line for the error that ends a command, of at most MESSAGE_LENGTH characters."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    kind = "" if isinstance(error, INPUT_ERRORS) else f"{type(error).__name__}: "
+    text = visible(f"error: {kind}{error}")
+    end = MESSAGE_LENGTH // 4
+    return text if len(text) <= MESSAGE_LENGTH else (
+        f"{text[:MESSAGE_LENGTH - end - 3]} … {text[-end:]}")
+
+
+def tell_torchrun(sentence: str) -> None:
+    """Write the error file of this process, if torchrun asks for one: its last lines show it."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(file, "w", encoding="utf-8") as out:
+            json.dump({"message": {"message": sentence, "extraInfo": {
+                "timestamp": str(int(time.time()))}}}, out)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for bad input, 130 after Ctrl-C, 1 for a bug."""
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(
+        error, INPUT_ERRORS) else 1
+
+
+def leave(error: BaseException, show: bool = True, at_once: bool = False) -> NoReturn:
+    """End the process with the error's exit code; its sentence goes to stderr.
+
+    at_once   without Python's cleaning up, during which torchrun would send a SIGTERM
+    """
+    sentence = sentence_of(error)
+    tell_torchrun(sentence)
+    if show:
+        print(sentence, file=sys.stderr, flush=True)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(exit_code(error))
+    sys.exit(exit_code(error))
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command; bad input (ValueError, OSError) becomes one sentence and exit code 2."""
+    """Run a command; what bad input raises, and Ctrl-C, become one line and an exit code.
+
+    Under torchrun the first process of each machine speaks for its others; once they are
+    connected, see training.ranks.running.
+    """
     try:
+        if signal.getsignal(signal.SIGINT) is leave_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for file in (sys.stdout, sys.stderr):            # a terminal may lack a character
+            if hasattr(file, "reconfigure"):
+                file.reconfigure(errors="backslashreplace")
         main()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:     # while Python cleans up, gloo may abort
+            sys.stdout.flush()
+            os._exit(0)
     except BrokenPipeError:
         sys.exit(0)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (*INPUT_ERRORS, KeyboardInterrupt) as error:
+        leave(error, os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0")
 
+
+# ---- flags --------------------------------------------------------------------------------------
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind every flag, and the file's header as it is written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError for wrong flags, and names the nearest one, instead of the usage of all."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def flags(self) -> list[str]:
+        """All flags, those of subcommands too."""
+        parsers = [self] + [parser for action in self._actions
+                            if isinstance(action, argparse._SubParsersAction)
+                            for parser in action.choices.values()]
+        return sorted({flag for parser in parsers for flag in parser._option_string_actions})
+
+    def parse_args(self, args: Sequence[str] | None = None,
+                   namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else list(args)
+        for given in args[:args.index("--") if "--" in args else None]:
+            name, flags = given.partition("=")[0], self.flags()
+            if name.startswith("--") and " " not in name and not any(
+                    flag.startswith(name) for flag in flags):
+                near = difflib.get_close_matches(name, flags, 1)
+                raise ValueError(f"there is no flag {name}; " + (
+                    f"did you mean {near[0]}?" if near else f"there are {', '.join(flags)}"))
+        return super().parse_args(args, namespace)
 
 
 def check_ranges(args: argparse.Namespace, counts: tuple[str, ...],
                  ranges: dict[str, tuple[float, float]]) -> None:
     """Raise ValueError, naming the flag, for a count below 1 or a value outside its range."""
     for name in counts:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+        if not 1 <= getattr(args, name) < 2**63:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1, and below 2**63")
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high or abs(value) > 1e300:                   # NaN is not in it
             raise ValueError(f"--{name} {value} must be a number in [{low}, {high}]")
 
 

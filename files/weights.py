@@ -8,6 +8,7 @@ open at a time: a tensor's bytes come from disk when it is used, straight into i
 place, so loading takes the memory of one model. A tensor that is wanted on the CPU in the file's
 own dtype stays the file's pages, copied on write. Nothing that a .bin pickles is ever executed.
 """
+import math
 import os
 import re
 import sys
@@ -21,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from files.cli import time_left
-from files.text import likely_cause, read_json, write_json
+from files.folders import what_it_is
+from files.text import likely_cause, read_json, write_json, writing
 
 SHARD_BYTES = 5_000_000_000
 PROGRESS_SECONDS = 5.0       # between two progress lines
@@ -50,7 +52,8 @@ def weight_files(path: str) -> list[str]:
     """The weight files of a folder, safetensors before .bin; raises naming what is missing."""
     found = [name for name in NAMES if os.path.isfile(os.path.join(path, name))]
     if not found:
-        raise FileNotFoundError(f"{path}: no weights; looked for {', '.join(NAMES)}")
+        raise FileNotFoundError(f"{path}: no weights; looked for {', '.join(NAMES)}"
+                                f"{what_it_is(path, 'model')}")
     first = os.path.join(path, found[0])
     if not first.endswith(".index.json"):
         return [first]
@@ -87,7 +90,8 @@ def read_bin(file: str) -> dict[str, Tensor]:
         raise ValueError(f"{file}: not a state dict: holds a {type(state).__name__}")
     wrong = [f"{name!r} is a {type(value).__name__}" for name, value in state.items()
              if not (isinstance(name, str) and isinstance(value, Tensor)
-                     and value.layout == torch.strided and value.device.type == "cpu")]
+                     and value.layout == torch.strided and value.device.type == "cpu"
+                     and value.nbytes <= value.untyped_storage().nbytes())]  # else: one value, many
     if wrong:
         raise ValueError(f"{file}: not a state dict of plain tensors: {', '.join(wrong)}")
     return state
@@ -104,16 +108,33 @@ def read_file(file: str) -> Iterator[tuple[str, Tensor]]:
         raise unreadable(file, str(error)) from None
     with weights:
         for name in weights.keys():
-            yield name, weights.get_tensor(name)
+            try:
+                tensor = weights.get_tensor(name)
+            except SafetensorError as error:
+                raise unreadable(file, f"{name}: {error}") from None
+            yield name, tensor
+
+
+def check_finite(name: str, tensor: Tensor, file: str) -> None:
+    """Raise ValueError for NaN or an infinity: one pass at the speed of memory, and no copy."""
+    if tensor.dtype in DTYPES and tensor.numel():
+        smallest, largest = map(float, tensor.detach().aminmax())            # NaN if there is one
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            raise ValueError(f"{file}: {name} has values that are not finite (NaN or infinity); "
+                             "the file is damaged, or its training failed")
 
 
 def read_files(files: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) over all files; rank 0 reports the progress of a slow load on stderr."""
+    """(name, tensor) over all files; rank 0 reports the progress of a slow load on stderr.
+
+    raises  ValueError, with the file's name, for a tensor whose values are not finite
+    """
     total, done = sum(map(os.path.getsize, files)), 0                # bytes
     start = reported = time.monotonic()
     silent = dist.is_initialized() and dist.get_rank() > 0
     for file in files:
         for name, tensor in read_file(file):
+            check_finite(name, tensor, file)
             yield name, tensor
             done += tensor.nbytes
             now = time.monotonic()
@@ -147,6 +168,22 @@ def misfits(files: list[str], expected: dict[str, tuple],
 
 # ---- writing ------------------------------------------------------------------------------------
 
+def save_tensors(tensors: dict[str, Tensor], file: str,
+                 metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that those may read whom the umask lets.
+
+    raises   OSError with the file's name, as where the disk is full
+    """
+    with writing(file):
+        open(file, "ab").close()     # its mode: safetensors makes files for their owner alone
+        mode = os.stat(file).st_mode
+        try:
+            save_file(tensors, file, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+        os.chmod(file, mode)
+
+
 def write_weights(path: str, sizes: dict[str, int], tensor_of: Callable[[str], Tensor],
                   max_shard_bytes: int = SHARD_BYTES) -> None:
     """Write safetensors as transformers reads them, sharded past max_shard_bytes.
@@ -166,8 +203,8 @@ def write_weights(path: str, sizes: dict[str, int], tensor_of: Callable[[str], T
     for number, shard in enumerate(shards, 1):
         file = single if len(shards) == 1 else (
             f"model-{number:05}-of-{len(shards):05}.safetensors")
-        save_file({name: tensor_of(name).contiguous() for name in shard},
-                  os.path.join(path, file), metadata={"format": "pt"})
+        save_tensors({name: tensor_of(name).contiguous() for name in shard},
+                     os.path.join(path, file), {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         write_json(os.path.join(path, index), {

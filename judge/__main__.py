@@ -16,22 +16,26 @@ answers.jsonl may come from any other program: rows {"id", "answer"} of a judge 
 `prompt`, `answer_a`, `answer_b` of the rows whose `order` is "ab". A judge sees every pair in both
 orders, because judges favour a position; where the two orders disagree, the pair is a tie.
 """
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import argparse
 import os
 
-from files.cli import check_ranges, run_cli
+from files.cli import Parser, check_ranges, run_cli
+from files.lock import locked
 from files.text import write_json
 from judge.endpoint import ask_questions
 from judge.questions import read_answers, read_questions, write_questions, write_rewards
 from judge.score import report
 from packing import make_trees
 from step import tree_rewards
-from tokenizer import Tokenizer
-from training.checkpoint import load_run
+from training.checkpoint import load_run, run_tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m judge", description=__doc__,
+    parser = Parser(prog="python -m judge", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("prompts", help="write the judge's prompts: every pair, both orders")
@@ -44,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--model", required=True, help="the judge's name at the endpoint")
     add.add_argument("--out", required=True, help="JSON lines the answers are appended to")
     add.add_argument("--workers", type=int, default=4, help="questions asked at a time (4)")
-    add.add_argument("--timeout", type=float, default=120, help="seconds to wait for a reply (120)")
+    add.add_argument("--timeout", type=float, default=120, help="seconds for a whole reply (120)")
     add.add_argument("--tries", type=int, default=6, help="attempts per question (6)")
     add = commands.add_parser("rewards", help="let a reward model answer")
     add.add_argument("questions", help="file that `prompts` wrote")
@@ -65,7 +69,7 @@ def ask_reward_model(path: str, run: str, out: str) -> None:
     model, reference, flags = load_run(run)
     if reference is not None:
         raise ValueError(f"{run} is a run of --method {flags['method']}, not of a reward model")
-    tokenizer = Tokenizer(flags["model_name_or_path"])
+    tokenizer = run_tokenizer(run, flags)
     write_rewards(read_questions(path), lambda records: tree_rewards(model, make_trees(
         records, tokenizer, "all", flags["max_length"], flags["max_prompt_length"])), out)
 
@@ -91,8 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         write_questions(args.generations, args.against, args.out)
     elif args.command == "ask":
         check_ranges(args, ("workers", "tries"), {"timeout": (0.001, 86400)})
-        ask_questions(args.questions, args.url, args.model, args.out, args.workers, args.timeout,
-                      args.tries)
+        with locked(args.out + ".lock", args.out):
+            ask_questions(args.questions, args.url, args.model, args.out, args.workers,
+                          args.timeout, args.tries)
     elif args.command == "rewards":
         ask_reward_model(args.questions, args.reward_model, args.out)
     else:

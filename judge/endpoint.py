@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from urllib import request
 
 from files.cli import time_left
-from files.text import whole_lines
+from files.text import json_value, whole_lines
 from judge.questions import read_answers, read_questions
 
 GIVE_UP_AFTER = 5       # failures in a row: then the cause is the endpoint, not the questions
+REPLY_BYTES = 4 << 20   # of a reply; an answer has a few thousand
 
 
 def seconds_to_wait(retry_after: str | None, attempt: int) -> float:
@@ -41,10 +42,39 @@ def seconds_to_wait(retry_after: str | None, attempt: int) -> float:
 def completion_text(content: bytes) -> str | None:
     """The text in the JSON of a chat completion; None if the content is something else."""
     try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
+        text = json_value(content)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
         return None
     return text if isinstance(text, str) else None
+
+
+def fetch(opener: request.OpenerDirector, post: request.Request,
+          timeout: float) -> tuple[int, str | None, bytes]:
+    """(status, Retry-After, body) of a request.
+
+    raises   OSError or HTTPException, for a body of more than REPLY_BYTES too, and for a reply that
+             is not whole after `timeout` seconds, however it comes: byte by byte, or not at all
+    """
+    results = queue.Queue()
+
+    def work():
+        try:
+            with opener.open(post, timeout=timeout) as response:
+                body = response.read(REPLY_BYTES + 1)
+            if len(body) > REPLY_BYTES:
+                raise http.client.HTTPException(f"a reply of more than {REPLY_BYTES >> 20} MiB")
+            results.put((response.status, response.headers["Retry-After"], body))
+        except Exception as error:                       # raised again by the caller's thread
+            results.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result = results.get(timeout=timeout)
+    except queue.Empty:
+        raise TimeoutError(f"no whole reply within {timeout:g} seconds") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def complete(url: str, key: str, model: str, text: str, timeout: float, tries: int) -> str:
@@ -52,7 +82,7 @@ def complete(url: str, key: str, model: str, text: str, timeout: float, tries: i
 
     url      base of an OpenAI-compatible endpoint, as "http://127.0.0.1:8000/v1"
     key      bearer token, "" for none
-    timeout  seconds without a byte from the server
+    timeout  seconds for a whole reply
     tries    in all; after 408, 429, 5xx, a timeout, a lost connection or a malformed completion
     raises   ConnectionError, one sentence without the key
     """
@@ -68,14 +98,12 @@ def complete(url: str, key: str, model: str, text: str, timeout: float, tries: i
         post = request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
                                headers)
         try:
-            with opener.open(post, timeout=timeout) as response:
-                content = response.read()
-            reply = completion_text(content) if response.status == 200 else None
+            status, retry_after, content = fetch(opener, post, timeout)
+            reply = completion_text(content) if status == 200 else None
             if reply is not None:
                 return reply
-            failure = f"HTTP {response.status}: {content.decode('utf-8', 'replace')}"
-            worth_retrying = response.status in (200, 408, 429) or response.status >= 500
-            retry_after = response.headers["Retry-After"]
+            failure = f"HTTP {status}: {content[:10_000].decode('utf-8', 'replace')}"
+            worth_retrying = status in (200, 408, 429) or status >= 500
         except (OSError, http.client.HTTPException) as error:
             failure = f"{type(error).__name__}: {error}"
         if attempt + 1 == tries or not worth_retrying:

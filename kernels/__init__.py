@@ -1,9 +1,12 @@
 """Each kernel is a specification in plain torch with its GPU kernel (Triton) beside it.
 
-    linear_logps.py   log-probs of policy and reference in one pass over the vocabulary
-    attention.py      attention over packed trees
+    linear_logps.py    log-probs of policy and reference in one pass over the vocabulary
+    attention.py       attention over packed trees: the specification, and which way runs where
+    tree_attention.py  its kernels
+    layers.py          RMSNorm, rotary embedding and SwiGLU
+    lora_linear.py     a linear layer with its adapter
 
-Nothing here imports anything of the project: a file can be copied as it is.
+Nothing here imports anything of the project outside of this folder.
 """
 from .linear_logps import (
     LinearLogps,

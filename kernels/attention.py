@@ -17,17 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from kernels.tree_attention import (
-    TreeSegments,
-    tree_attention,
-    tree_attention_problem,
-    tree_blocks,
-)
+from .tree_attention import TreeSegments, tree_attention, tree_attention_problem, tree_blocks
 
 ATTENTIONS = ("dense", "flex", "tree")
 BLOCK_TOKENS = 256      # small trees share one dense block up to this size
+FLEX_BLOCK = 128        # positions of FlexAttention's blocks, its default
 STRIP_TOKENS = 128      # on a CPU a larger block is cut into strips of so many rows, which skips
                         # most of what its causal mask hides (not measured on a GPU)
 
@@ -40,7 +36,7 @@ def to_device(values: Tensor | list, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def choose_attention(name: str, device_type: str, bf16: object = None) -> str:
+def choose_attention(name: str, device_type: str) -> str:
     """The attention for --attention "dense", "flex", "tree" or "auto", by name.
 
     name         "auto": dense on a CPU; flex on a GPU, where it was measured and is right (H100,
@@ -57,7 +53,7 @@ def choose_attention(name: str, device_type: str, bf16: object = None) -> str:
     return name
 
 
-# ---- prepared once per stream, on the host (flex's block mask: on the device) --------------------
+# ---- prepared once per stream, on the host ------------------------------------------------------
 
 @dataclass(frozen=True)
 class DenseSegments:
@@ -108,6 +104,34 @@ def causal_strips(mask: Tensor) -> list[Tensor]:
     return strips
 
 
+def flex_block_mask(tree_ids: Tensor, branch_ids: Tensor,
+                    device: torch.device | str) -> BlockMask:
+    """create_block_mask's result for the rule, found on the host: no [T, T] mask on the device, and
+    no wait for it."""
+    blocks = tree_blocks(tree_ids.tolist(), branch_ids.tolist()).long()
+    rows = blocks.repeat_interleave(blocks[:, 1] - blocks[:, 0], 0)              # [T, 6]
+    first = torch.arange(0, len(rows), FLEX_BLOCK)                               # of every block
+    seen = torch.zeros(len(first) * FLEX_BLOCK, len(first), dtype=torch.int64)
+    for start, end in ((rows[:, 2], rows[:, 3]), (rows[:, 4], torch.arange(len(rows)) + 1)):
+        seen[:len(rows)] += (torch.minimum(end[:, None], first + FLEX_BLOCK)     # keys in the block
+                             - torch.maximum(start[:, None], first)).clamp(min=0)
+    seen = seen.view(len(first), FLEX_BLOCK, -1).sum(1)            # pairs in each pair of blocks
+    tables = []
+    for of_queries in (seen, seen.T):
+        for listed in ((of_queries > 0) & (of_queries < FLEX_BLOCK ** 2),
+                       of_queries == FLEX_BLOCK ** 2):
+            listed = listed.int()
+            tables += [listed.sum(1), listed.argsort(stable=True, dim=1, descending=True)]
+    tables = [to_device(table.int()[None, None], device) for table in tables]
+    tree_ids, branch_ids = to_device(tree_ids, device), to_device(branch_ids, device)
+
+    def sees(batch, head, i, j):
+        same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
+        return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
+    return BlockMask((len(rows), len(rows)), *tables, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
+                     mask_mod=sees)
+
+
 Segments = DenseSegments | BlockMask | TreeSegments
 
 
@@ -127,12 +151,7 @@ def attention_segments(tree_ids: list[int], branch_ids: list[int],
         return TreeSegments(to_device(blocks, device), len(tree_ids))
     tree_ids, branch_ids = torch.as_tensor(tree_ids), torch.as_tensor(branch_ids)
     if how == "flex" and len(tree_ids):
-        tree_ids, branch_ids = to_device(tree_ids, device), to_device(branch_ids, device)
-
-        def sees(batch, head, i, j):
-            same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
-            return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
-        return create_block_mask(sees, None, None, len(tree_ids), len(tree_ids), device=device)
+        return flex_block_mask(tree_ids, branch_ids, device)
     in_strips = torch.device(device).type == "cpu"
     return DenseSegments(dense_blocks(tree_ids, branch_ids, in_strips)).to(device)
 

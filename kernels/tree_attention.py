@@ -48,7 +48,7 @@ try:
 except Exception as error:              # missing or broken: `tree_attention_problem` says which
     triton, IMPORT_ERROR = None, error
 
-BLOCK = 64          # positions in a row of TreeSegments.blocks, at most
+BLOCK = 64          # positions of a block, at most
 MAX_HEAD_DIM = 128  # beyond, tiles no longer fit the registers
 
 
@@ -101,9 +101,9 @@ def tree_blocks(tree_ids: list[int], branch_ids: list[int]) -> Tensor:
 
 
 # ---- kernels ------------------------------------------------------------------------------------
-# Exponentials and logarithms are those of base 2, which a GPU has: 2^x = e^(x / log2 e).
-# Pointers are to [T, heads, Dh]; a tile has ROWS or STEP of its rows for one head, and WIDTH
-# columns: Dh, padded with zeros to a power of two.
+# A GPU has exponentials and logarithms of base 2: scores and lse are kept times log2 e = 1.4427,
+# so that e^s is 2 to the score. Pointers are to [T, heads, Dh]; a tile has ROWS or STEP of its rows
+# for one head, and WIDTH columns: Dh, padded with zeros to a power of two.
 
 if triton is not None:
     @triton.jit
@@ -146,7 +146,7 @@ if triton is not None:
             a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, input_precision="ieee")
 
-    @triton.jit(do_not_specialize=["T"])      # else compiled anew where 16 divides it
+    @triton.jit(do_not_specialize=["T"])      # else compiled once more for T divisible by 16
     def _forward(q, k, v, o, lse, blocks, T, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
                  SCALE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
                  STEP: tl.constexpr, UPCAST: tl.constexpr):
@@ -182,7 +182,7 @@ if triton is not None:
             acc = acc * shrink[:, None] + _product(p.to(v_tile.dtype), v_tile, UPCAST)
             m = m_new
         _store(o, acc / total[:, None], start, end, head, H, DH, WIDTH, ROWS)
-        tl.store(lse + head * T + row, m + tl.log2(total), mask=row < end)       # base 2
+        tl.store(lse + head * T + row, m + tl.log2(total), mask=row < end)
 
     @triton.jit(do_not_specialize=["T"])
     def _backward_q(q, k, v, o, do, lse, delta, dq, blocks, T, H: tl.constexpr, HKV: tl.constexpr,
@@ -263,17 +263,19 @@ if triton is not None:
 
 
 def tile_sizes(dtype: torch.dtype, two_sums: bool, on_amd: bool) -> dict[str, int]:
-    """Rows and steps of tiles, and how many warps share them, such that no register spills.
+    """Rows and steps of tiles, and the launch options with which no register spills.
 
-    two_sums   of the kernel that holds two tiles of sums, dk and dv
-    tests/kernels/test_tree_attention_code.py compiles every combination and looks
+    two_sums  whether the kernel holds two tiles of sums, as that of dk and dv does
+
+    Proved, not measured: tests/kernels/test_tree_attention_code.py compiles them and looks.
     """
-    # The steps are short because HH's responses are (45 tokens), and two to three programs then fit
-    # a multiprocessor. float32 tiles are smaller: without tensor cores a product holds whole rows.
+    # Short steps: responses are short (45 tokens in HH), and on an H100 three programs of the
+    # forward or of dq then fit a multiprocessor. float32 tiles are smaller, because a product
+    # without tensor cores holds whole rows in registers.
     rows, step = (32, 16) if dtype == torch.float32 else (64, 32)
-    warps = 8 if two_sums or dtype == torch.float32 else 4
-    if on_amd:          # warps of 64, one vector of registers for both: no second stage of loads
+    if on_amd:          # warps of 64 lanes; loading a step ahead takes registers that are not there
         return {"ROWS": rows, "STEP": step, "num_warps": 4, "num_stages": 1}
+    warps = 8 if two_sums or dtype == torch.float32 else 4
     return {"ROWS": rows, "STEP": step, "num_warps": warps, "num_stages": 2}
 
 

@@ -14,10 +14,14 @@ clipped updates, each divided by the tokens of its whole minibatch.
 
 Policy, reference, reward model and value function share one set of frozen weights: the reference is
 the policy with its adapter off, the others have adapters of their own. The value function starts as
-a copy of the reward model, which already tells how an answer is going.
+a copy of the reward model, which already scores partial answers.
 The base model and the adapter's shape are the reward model's; so are some flags, if not given.
 missing_eos_penalty is no part of Eq. 3: without it answers that never end cost nothing.
 """
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import argparse
 import math
 import os
@@ -31,88 +35,22 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import Optimizer
 
-from data import print_counts, read_dataset, split_by_prompt
-from files.cli import Help, check_ranges, run_cli, time_left
-from files.text import sha256
-from generate import row_seeds
+from data import print_counts, read_prompts, split_by_prompt
+from files.cli import SEEDS, Help, Parser, check_ranges, run_cli, time_left
+from generate import Sampling, row_seeds
 from lora import add_lora, add_score_head, load_adapter, share_base
 from model import Llama
 from packing import build_stream, epoch_batches, pack, plan_batches, shard, truncate
+from rlhf.formulas import clipped_policy_loss, clipped_value_loss, gae, kl_penalised_rewards, whiten
 from rlhf.rollouts import (Rollout, batch_metrics, exchange, joined, sample_responses,
                            score_responses, token_values, true_rewards, world_rewards)
 from step import token_logps
 from tokenizer import Tokenizer, encode_dialogue
-from training.checkpoint import (RunFolder, base_name, claim_output_dir, load_run, read_run,
-                                 resume, save_final, save_or_stop, trainable, write_metrics)
+from training.checkpoint import (RunFolder, base_name, load_run, read_run, resume, save_final,
+                                 save_or_stop, trainable, trained_template)
+from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
 from training.ranks import (Ranks, all_reduce_gradients_, clip_gradients_, learning_rate, running)
 from world import on_world
-
-
-# ---- formulas: N tokens of R responses laid end to end, the tokens of one response together ------
-
-def kl_penalised_rewards(per_token_logps: Tensor, reference_per_token_logps: Tensor,
-                         response_ids: Tensor, scores: Tensor, beta: float) -> Tensor:
-    """r_t = -beta (log π - log π_ref)(y_t | x, y_<t), and r_φ(x, y) on top at the last token.
-
-    per_token_logps            [N] float   of sampled tokens under the policy, nats
-    reference_per_token_logps  [N] float
-    response_ids               [N] int64   0 0 0 1 1 …: whose token; every response has one
-    scores                     [R] float   r_φ(x, y)
-    returns                    [N] float   sums to r_φ - beta (log π - log π_ref)(y | x), Eq. 3
-    The difference of log-probs is the k1 estimate of the KL: unbiased, and negative at times.
-    """
-    rewards = -beta * (per_token_logps - reference_per_token_logps)              # [N]
-    last = response_ids.bincount(minlength=len(scores)).cumsum(0) - 1            # [R]
-    return rewards.index_add(0, last, scores)
-
-
-def gae(rewards: Tensor, values: Tensor, response_ids: Tensor, gamma: float, lam: float) -> Tensor:
-    """A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} - V_t; A and V are 0 past the last token.
-
-    rewards, values  [N] float   V_t is the value before token t is known
-    response_ids     [N] int64   0 0 0 1 1 …
-    returns          [N] float   advantages; A + V are the returns a value function learns
-    Source: Generalized Advantage Estimation, arXiv:1506.02438, Eq. 16.
-    """
-    advantages, later, value_later, owner = [], 0.0, 0.0, None
-    for reward, value, response in reversed(list(zip(
-            rewards.tolist(), values.tolist(), response_ids.tolist()))):
-        if response != owner:
-            later, value_later, owner = 0.0, 0.0, response
-        later = reward + gamma * value_later - value + gamma * lam * later
-        value_later = value
-        advantages.append(later)
-    return values.new_tensor(advantages[::-1])
-
-
-def whiten(values: Tensor) -> Tensor:
-    """(v - mean) / standard deviation: [N] -> [N]. Of a whole batch, never of one rank's share."""
-    return (values - values.mean()) / (values.var() + 1e-8).sqrt()    # 1e-8: all may be equal
-
-
-def clipped_policy_loss(per_token_logps: Tensor, old_per_token_logps: Tensor, advantages: Tensor,
-                        cliprange: float) -> Tensor:
-    """max(-A q, -A clip(q, 1 - c, 1 + c)),  q = π(y_t) / π_old(y_t).
-
-    per_token_logps      [N] float   of sampled tokens, now
-    old_per_token_logps  [N] float   when they were sampled; constant, as is A
-    advantages           [N] float
-    returns              [N] float   loss per token
-    Source: PPO, arXiv:1707.06347, Eq. 7, with its sign turned.
-    """
-    ratio = (per_token_logps - old_per_token_logps).exp()                        # [N]
-    return torch.maximum(-advantages * ratio,
-                         -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
-
-
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor,
-                       cliprange_value: float) -> Tensor:
-    """max((V - R)², (clip(V, V_old - c, V_old + c) - R)²) / 2: [N] each -> [N].
-
-    Source: TRL's PPO (trl/experimental/ppo, removed before 1.16).
-    """
-    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)     # [N]
-    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
 # ---- one update ---------------------------------------------------------------------------------
@@ -165,7 +103,7 @@ def accumulate_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens:
         (losses.sum() / num_tokens).backward()
         logratios = (logps - old_logps).detach()
         columns = (losses, policy_losses, value_losses,
-                   policy_losses > -advantages * logratios.exp(),                # a clip counted
+                   policy_losses > -advantages * logratios.exp(),                # clipped
                    value_losses > 0.5 * (values - returns).square(), 0.5 * logratios.square())
         totals += torch.stack([column.detach().double().sum() for column in columns]) / num_tokens
     return totals
@@ -214,10 +152,13 @@ class Setup:
 
 def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
     """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
-    models, batches, eos_id = setup.models, setup.batches, setup.tokenizer.eos_id
+    models, batches, eos_ids = setup.models, setup.batches, setup.tokenizer.eos_ids
+    sampling = Sampling(args.max_new_tokens, eos_id=eos_ids, unused_ids=setup.tokenizer.unused_ids(
+        setup.reward_model.config.vocab_size))
     optimizer = torch.optim.AdamW(trainable(models).values(), lr=args.learning_rate,
                                   weight_decay=0.0, fused=True)
-    first, start = resume(setup.folder, models, optimizer, ranks, len(batches)), time.perf_counter()
+    first, _ = resume(setup.folder, models, optimizer, ranks, len(batches))
+    start = time.perf_counter()
     for step in range(first, len(batches)):
         step_start = time.perf_counter()
         lr = learning_rate(step, args.learning_rate, args.warmup_steps, len(batches))
@@ -226,15 +167,15 @@ def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
         batch = [setup.prompts[number] for number in batches[step]]
         seeds = row_seeds(args.seed * 1_000_003 + step, len(batch) * args.num_generations)
         trees = sample_responses(models["policy"], [prompt_ids for prompt_ids, _ in batch], seeds,
-                                 args.max_new_tokens, ranks)
+                                 sampling, ranks)
         rollouts = exchange(score_responses(
-            models["policy"], models["value"], setup.reward_model, trees, eos_id,
+            models["policy"], models["value"], setup.reward_model, trees, eos_ids,
             args.missing_eos_penalty, args.micro_tokens), ranks.world_size)
         rollouts = add_advantages(rollouts, args.beta, args.gamma, args.lam)
         _, *means, stop_signal, grad_norm = update(args, models, optimizer, rollouts, step, ranks)
         if ranks.is_first:
             now, tokens = time.perf_counter(), sum(rollout.num_tokens for rollout in rollouts)
-            line = {"step": step + 1} | batch_metrics(rollouts, args.beta, eos_id)
+            line = {"step": step + 1} | batch_metrics(rollouts, args.beta, eos_ids)
             if all(answers for _, answers in batch):
                 line["objective/true_reward"] = sum(
                     sum(true_rewards(rollout, answers, setup.tokenizer))
@@ -249,8 +190,9 @@ def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
         save_or_stop(setup.folder, step + 1, len(batches), models, optimizer, ranks, stop_signal)
 
 
-# On the embedded world, as train.py's: a small model takes large steps. 1e-2 is too large: the
-# policy left the world, at a true reward of -5.5. The objective stops rising after some 30 steps.
+# On the embedded world, as train.py's: a small model takes large steps. 1e-2 is too large: most
+# mass left the valid answers, at a true reward of -5.5. The objective stops rising after some 30
+# steps.
 WORLD_FLAGS = {"learning_rate": 1e-3, "warmup_steps": 5, "batch_size": 19, "num_generations": 4,
                "num_ppo_epochs": 2, "max_new_tokens": 48, "max_steps": 40}
 INHERITED = ("beta", "dataset", "held_out", "max_prompt_length")
@@ -260,7 +202,7 @@ FIXED = ("model_name_or_path", "sft_adapter", "bf16", "lora_r", "lora_alpha",
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, checked; where they are not given, some are those of the reward model's run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=(
+    parser = Parser(description=__doc__, formatter_class=Help, epilog=(
         "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
     flag = parser.add_argument_group("what").add_argument
     flag("--reward_model", required=True,
@@ -307,7 +249,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**defaults)                      # the flags that were given still win
     args = parser.parse_args(argv)
     vars(args).update({name: run.get(name) for name in FIXED},
-                      method=run["method"].replace("reward_model", "rlhf"))
+                      method=run["method"].replace("reward_model", "rlhf"),
+                      chat_template=trained_template(os.path.join(args.reward_model, "final")))
     args.max_length = args.max_prompt_length + args.max_new_tokens
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
     check_flags(args)
@@ -315,11 +258,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError, naming the flag, for values that no run can mean."""
+    """Raise ValueError, naming the flag, for invalid values."""
     check_ranges(args, (
         "batch_size", "micro_tokens", "save_steps", "save_total_limit", "num_ppo_epochs",
         "num_mini_batches", "num_generations", "max_new_tokens"), {
-        "held_out": (0, 1), "gamma": (0, 1), "lam": (0, 1), "cliprange": (0, 1)} | {
+        "held_out": (0, 1), "gamma": (0, 1), "lam": (0, 1), "cliprange": (0, 1), "seed": SEEDS} | {
         name: (0, math.inf) for name in (
             "beta", "learning_rate", "warmup_steps", "num_train_epochs", "vf_coef",
             "max_grad_norm", "cliprange_value", "missing_eos_penalty")})
@@ -327,10 +270,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--max_prompt_length {args.max_prompt_length} must be at least 2")
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Ranks) -> list[tuple]:
+def tokenize_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Ranks) -> list[tuple]:
     """(prompt ids, {answer: r*} on the world, else None) of every distinct training prompt."""
     counts, rewards = Counter(), world_rewards()
-    records = read_dataset(args.dataset, counts)
+    records = read_prompts(args.dataset, counts)
     if ranks.is_first:
         print_counts(args.dataset, records, counts)
     found, training = [], split_by_prompt(records, args.held_out)[0]
@@ -348,8 +291,10 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> Setup:
 
     raises  ValueError or OSError, one sentence, for whatever does not fit
     """
-    tokenizer = Tokenizer(args.model_name_or_path)
-    prompts = read_prompts(args, tokenizer, ranks)
+    tokenizer = Tokenizer(args.model_name_or_path, chat_template=args.chat_template)
+    if ranks.is_first:
+        tokenizer.print_notes()
+    prompts = tokenize_prompts(args, tokenizer, ranks)
     batches = plan_batches([1] * len(prompts), args.batch_size, args.num_train_epochs,
                            args.max_steps, args.seed)
     if not batches:
@@ -374,18 +319,18 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> Setup:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with running() as (ranks, _):
-        setup = set_up(args, ranks)
-        weights = os.path.join(args.reward_model, "final", "adapter_model.safetensors")
-        if ranks.is_first:
-            claim_output_dir(args.output_dir, vars(args) | {
-                "dataset_sha256": sha256(args.dataset), "reward_model_sha256": sha256(weights)},
-                args.overwrite_output_dir)
-        ranks.barrier()
-        with ranks.stop:
-            train(args, setup, ranks)
-        if ranks.is_first:
-            save_final(setup.folder, setup.models["policy"], setup.tokenizer)
+    with running() as (ranks, device):
+        inputs = args.sft_adapter, os.path.join(args.reward_model, "final")
+        flags = run_flags(args, inputs, ranks, device)
+        with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):
+            setup = set_up(args, ranks)
+            if ranks.is_first:
+                claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
+            ranks.barrier()
+            with ranks.stop:
+                train(args, setup, ranks)
+            if ranks.is_first:
+                save_final(setup.folder, setup.models["policy"], setup.tokenizer)
 
 
 if __name__ == "__main__":

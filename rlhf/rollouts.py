@@ -1,13 +1,14 @@
-"""What PPO learns from: responses sampled from the policy, and what was computed of every token.
+"""What PPO learns from: responses sampled from the policy, and what was computed for every token.
 
     prompts -> sampled responses -> one pass without gradients -> rollouts, known to every rank
 """
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from generate import generate
+from generate import Sampling, generate
 from kernels import linear_logps
 from lora import lora_disabled
 from model import Llama
@@ -36,7 +37,7 @@ def joined(rollouts: list[Rollout], name: str, device: torch.device | str = "cpu
 
 
 def sample_responses(policy: Llama, prompt_ids: list[list[int]], seeds: list[int],
-                     max_new_tokens: int, ranks: Ranks) -> list[Tree]:
+                     sampling: Sampling, ranks: Ranks) -> list[Tree]:
     """Sampled responses to this rank's share of the prompts: numbers rank, rank + world_size, …
 
     seeds    K for every prompt: it gets K responses, which share its tokens in one tree
@@ -44,7 +45,7 @@ def sample_responses(policy: Llama, prompt_ids: list[list[int]], seeds: list[int
     count, numbers = len(seeds) // len(prompt_ids), range(ranks.rank, len(prompt_ids),
                                                           ranks.world_size)
     rows = [number * count + k for number in numbers for k in range(count)]
-    sampled = generate(policy, [prompt_ids[row // count] for row in rows], max_new_tokens,
+    sampled = generate(policy, [prompt_ids[row // count] for row in rows], **vars(sampling),
                        generator=[seeds[row] for row in rows])
     return [Tree(prompt_ids[number], sampled[i * count:(i + 1) * count], [0.0] * count, [])
             for i, number in enumerate(numbers)]
@@ -58,7 +59,8 @@ def token_values(value: Llama, stream: Stream) -> Tensor:
 
 @torch.no_grad()
 def score_responses(policy: Llama, value: Llama, reward_model: Llama, trees: list[Tree],
-                    eos_id: int, missing_eos_penalty: float, micro_tokens: int) -> list[Rollout]:
+                    eos_ids: Collection[int], missing_eos_penalty: float,
+                    micro_tokens: int) -> list[Rollout]:
     """The rollouts of sampled trees: log-probs, values and rewards of all of them.
 
     missing_eos_penalty   taken off the reward of a response that was cut: it does not end in EOS
@@ -79,7 +81,7 @@ def score_responses(policy: Llama, value: Llama, reward_model: Llama, trees: lis
         columns = {name: column.cpu().split(lengths) for name, column in columns.items()}
         rewards = rewards.cpu().split([len(tree.response_ids) for tree in group])
         for i, tree in enumerate(group):
-            scores = [reward - missing_eos_penalty * (ids[-1] != eos_id)
+            scores = [reward - missing_eos_penalty * (ids[-1] not in eos_ids)
                       for reward, ids in zip(rewards[i].tolist(), tree.response_ids)]
             rollouts.append(Rollout(
                 prompt_ids=tree.prompt_ids, response_ids=tree.response_ids, scores=scores, pairs=[],
@@ -102,12 +104,13 @@ def world_rewards() -> dict[tuple, dict[str, float]]:
 
 
 def true_rewards(rollout: Rollout, listed: dict[str, float], tokenizer: Tokenizer) -> list[float]:
-    """r* of each response; that of the prompt's worst answer if it is no valid one, or was cut."""
-    return [listed.get(tokenizer.decode(ids).strip() if ids[-1] == tokenizer.eos_id else None,
+    """r* of each response; the prompt's worst one if it is no valid answer, or was cut."""
+    return [listed.get(tokenizer.decode(ids).strip() if ids[-1] in tokenizer.eos_ids else None,
                        min(listed.values())) for ids in rollout.response_ids]
 
 
-def batch_metrics(rollouts: list[Rollout], beta: float, eos_id: int) -> dict[str, float]:
+def batch_metrics(rollouts: list[Rollout], beta: float,
+                  eos_ids: Collection[int]) -> dict[str, float]:
     """Metrics of the policy that sampled the batch; means over responses, nats.
 
     objective/kl is the exact KL of every next token, summed over the response: the same mean as
@@ -120,4 +123,4 @@ def batch_metrics(rollouts: list[Rollout], beta: float, eos_id: int) -> dict[str
             "objective/rlhf_reward": score - beta * divergence,
             "policy/entropy": float(joined(rollouts, "entropy").double().mean()),
             "response_length": sum(map(len, responses)) / len(responses),
-            "ended_by_eos": sum(ids[-1] == eos_id for ids in responses) / len(responses)}
+            "ended_by_eos": sum(ids[-1] in eos_ids for ids in responses) / len(responses)}

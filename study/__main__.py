@@ -13,6 +13,10 @@
 
 A finished run is not trained again: stop this and start it as often as you like.
 """
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import argparse
 import math
 import os
@@ -21,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
-from files.cli import run_cli, time_left
+from files.cli import Parser, run_cli, time_left
 from study.report import write_report
 from study.rows import save_rows
 from study.runs import TUNING_SEED, Cell, Run, bounds, end_with_parent, execute
@@ -96,7 +100,7 @@ def execute_cells(cells: list[Cell], schedule: Schedule) -> list[dict]:
 # ---- the command line ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__,
+    parser = Parser(prog="python -m study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
                         help="; ".join(TABLES) + " (default: all)")

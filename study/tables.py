@@ -79,7 +79,7 @@ ALL = ("sft", "unlearning", "unlikelihood", "dpo", "pointwise_dpo", "ulma", "rlh
 FRONTIER = cells("hh", "ulma", "pointwise_dpo", "dpo", "sft")
 UNLEARNING, NEGATIVE_DPO = cells("negatives", "unlearning", "negative_dpo")
 DIRTY_D2O = Cell("golden", "d2o", d2o(4).flags)
-LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 24 tokens or so
+LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 13 to 27 tokens
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ TABLES = {
               "pointwise_dpo_exact_z")),
     "mean": Table(
         "Sums of log-probs, and the length averages of the authors' code",
-        "Answers of the world have 15 to 33 tokens; lengths of real answers vary more.",
+        "Answers of the world have 13 to 27 tokens; lengths of real answers vary more.",
         (MAIN, WINS),
         cells("hh", "ulma", "pointwise_dpo")
         + [mean_logps(method, beta) for method in ("ulma", "pointwise_dpo")

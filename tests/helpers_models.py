@@ -126,5 +126,5 @@ def three_models():
 
 def make_rollouts(policy, value, reward_model, trees=None):
     """The rollouts of some trees, EOS being token 2 and its penalty 0.5."""
-    return score_responses(policy, value, reward_model, trees or make_trees(), eos_id=2,
+    return score_responses(policy, value, reward_model, trees or make_trees(), eos_ids={2},
                            missing_eos_penalty=0.5, micro_tokens=64)

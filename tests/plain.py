@@ -17,16 +17,18 @@ def random_weights(config, seed):
     """
     generator = torch.Generator().manual_seed(seed)
     width, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    kv_width = width // config.num_attention_heads * config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    q_width, kv_width = (n * head_dim for n in (config.num_attention_heads,
+                                                config.num_key_value_heads))
     shapes = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}."
         shapes[name + "input_layernorm.weight"] = (width,)
         shapes[name + "post_attention_layernorm.weight"] = (width,)
-        shapes[name + "self_attn.q_proj.weight"] = (width, width)
+        shapes[name + "self_attn.q_proj.weight"] = (q_width, width)
         shapes[name + "self_attn.k_proj.weight"] = (kv_width, width)
         shapes[name + "self_attn.v_proj.weight"] = (kv_width, width)
-        shapes[name + "self_attn.o_proj.weight"] = (width, width)
+        shapes[name + "self_attn.o_proj.weight"] = (width, q_width)
         shapes[name + "mlp.gate_proj.weight"] = (inner, width)
         shapes[name + "mlp.up_proj.weight"] = (inner, width)
         shapes[name + "mlp.down_proj.weight"] = (width, inner)

@@ -19,7 +19,7 @@ import data
 import eval as evaluate
 import train
 from files.cli import run_cli
-from training.checkpoint import FREE_FLAGS, claim_output_dir
+from training.output import FREE_FLAGS, claim_output_dir
 
 PAIRS = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(8)]
 POINTS = [{"prompt": f"Question {n}?", "completion": "Yes.", "label": True} for n in range(8)]
@@ -100,8 +100,8 @@ def test_dataset_and_model_go_together(refused, monkeypatch):
 def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_path):
     # Points have no pairs; where all are good, methods for bad responses have nothing to train on.
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*POINTS, POINTS[0] | {"label": False}])
-    fit = ("ulma, ulma_mse, pointwise_dpo, pointwise_mse, sft, positive_dpo, unlearning, "
-           "negative_dpo, d2o, unlikelihood, pointwise_reward_model, mse_reward_model\n")
+    fit = ("ulma, ulma_mse, pointwise_dpo, pointwise_mse, bco, kto, sft, positive_dpo, "
+           "unlearning, negative_dpo, d2o, unlikelihood, pointwise_reward_model, mse_reward_model\n")
     has(refused("--method", "dpo", dataset=mixed), "--method dpo", "no prompt has a better",
         "methods that fit: " + fit)
     good = write_jsonl(tmp_path / "good.jsonl", POINTS)
@@ -116,18 +116,18 @@ def test_a_method_that_does_not_fit_the_data_names_those_that_do(refused, tmp_pa
         has(refused("--method", method, dataset=bad), "no response has z = 1", "fit: ulma, ulma_")
     fair = write_jsonl(tmp_path / "fair.jsonl", [row | {"label": 0.5} for row in POINTS])
     has(refused("--method", "unlearning", dataset=fair), "no response has z = 0",
-        "fit: ulma, ulma_mse, pointwise_dpo, pointwise_mse, unlikelihood, "
-            "pointwise_reward_model, mse_reward_model\n")
+        "fit: ulma, ulma_mse, pointwise_dpo, pointwise_mse, bco, kto, unlikelihood, "
+        "pointwise_reward_model, mse_reward_model\n")
 
 
 # ---- model --------------------------------------------------------------------------------------
 
 CONFIG = {      # change to config.json, words of the sentence
-    "unknown feature": ({"sliding_window": 4096}, "sliding_window = 4096 (unknown to this code)"),
+    "unknown feature": ({"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     "bias": ({"attention_bias": True}, "attention_bias = True (supported: False)"),
-    "other model": ({"model_type": "mistral"}, "model_type = 'mistral' (supported: 'llama')"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' (supported: linear)"),
-    "head_dim": ({"head_dim": 16}, "head_dim = 16"),
+    "other model": ({"model_type": "qwen2"}, "model_type = 'qwen2' (supported: 'llama' or 'mi"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' (supported: default"),
+    "head_dim": ({"head_dim": 16}, "k_proj.weight is [16, 32], expected [32, 32]"),
     "two at once": ({"model_type": "x", "qk_norm": 1}, "model_type = 'x'", "qk_norm = 1"),
     "odd heads": ({"num_attention_heads": 5}, "hidden_size 32", "num_attention_heads 5"),
     "kv heads": ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
@@ -309,7 +309,7 @@ def test_a_folder_that_holds_no_run_is_left_alone(refused, tmp_path):
 
 
 FREE = {"output_dir": "x", "overwrite_output_dir": False, "logging_steps": 1, "save_steps": 2,
-        "save_total_limit": 3}
+        "save_total_limit": 3, "start_check": True}
 
 
 def test_a_run_is_only_continued_with_the_same_flags(tmp_path):

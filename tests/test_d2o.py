@@ -29,6 +29,7 @@ from step import Compute, reference_logps, sequence_logps
 from tokenizer import Tokenizer
 from training.checkpoint import trainable
 from training.ranks import Ranks
+from training.reference_cache import seal
 
 EOS = 2
 
@@ -265,11 +266,19 @@ def test_anchors_that_are_gone_or_damaged_are_named_and_never_made_by_a_later_po
     file.write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match=r"anchors-0.jsonl has anchors for 9 trees, not for the"):
         make(tmp_path, model, trees, step=3)
-    file.write_text("".join([*lines[:2], '{"tree": 1}\n', *lines[3:]]))
-    with pytest.raises(ValueError, match=r"anchors-0.jsonl:3: not anchors: "):
+    remedy = "remove it and all checkpoints after step 0, and the same command samples them again"
+    for changed in ([lines[0].replace('": [[', '": [[1'), *lines[1:]],
+                    [lines[1], lines[0], *lines[2:]], [*lines[:2], '{"tree": 1}\n', *lines[3:]]):
+        file.write_text("".join(changed))
+        with pytest.raises(ValueError, match=rf"anchors-0.jsonl:[13]: damaged: .*{remedy}"):
+            make(tmp_path, model, trees, step=3)
+        with pytest.raises(ValueError, match=r"anchors-0.jsonl:[13]: damaged: .*computes it again"):
+            make(tmp_path, model, trees)                     # the policy is there: the file alone
+    file.write_text(seal('{"tree": 1', file.name)[0])
+    with pytest.raises(ValueError, match=rf"anchors-0.jsonl:1: not anchors of this data; {remedy}"):
         make(tmp_path, model, trees, step=3)
     file.unlink()
-    with pytest.raises(ValueError, match="the policy they were sampled from is gone"):
+    with pytest.raises(ValueError, match=f"the policy they were sampled from is gone; {remedy}"):
         make(tmp_path, model, trees, step=3)
     assert not file.exists()
 
@@ -299,7 +308,7 @@ def test_a_run_killed_among_anchors_and_among_steps_ends_with_the_same_bytes(tmp
         assert not (broken / "final").exists(), "the run was over before the signal came"
         if kind == signal.SIGTERM:
             assert process.returncode == 128 + kind
-            assert shown.endswith("stopped among anchors of step 0, saved; the same "
+            assert shown.endswith("stopped during anchors of step 0, saved; the same "
                                   "command continues\n")
             assert 0 < file.stat().st_size < (whole / name).stat().st_size
     finish(tiny_model, pairs_file, broken, *D2O)

@@ -1,5 +1,5 @@
 """Readers: on the real files where they lie beside the repository, and by hand; the split."""
-import gzip
+import argparse
 import json
 import os
 import subprocess
@@ -7,9 +7,11 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, write_bytes, write_jsonl
+from conftest import ROOT, finish, write_jsonl
 
-from data import read_dataset, read_rows, split_by_prompt, split_transcript
+import data
+from data import read_dataset, read_prompts, split_by_prompt, split_transcript
+from files.rows import read_rows
 from packing import make_trees
 from tokenizer import Tokenizer, encode_dialogue
 
@@ -51,7 +53,9 @@ def test_hh_answers_are_what_the_official_parse_finds(hh_file):
         expected.update((last_turn(row[key]), z) for key, z in (("chosen", 1.0), ("rejected", 0.0))
                         if last_turn(row[key]))
     records, _ = read(hh_file)
-    assert Counter((text, z) for r in records for text, z in zip(r.responses, r.scores)) == expected
+    found = Counter((text, z) for r in records
+                    for text, z in zip(r.responses, r.scores, strict=True))
+    assert found == expected
 
 
 def test_hh_rows_are_named_by_file_and_line(hh_file):
@@ -71,8 +75,8 @@ def test_qa_feedback_pairs_wrong_answers_with_their_corrections(shared_data):
     assert (counts["rows"], len(records), len(pairs)) == (500, 500, 481)
     assert counts["empty responses dropped"] == 13
     assert counts["predictions without an error (a positive, no pair)"] == 6
-    for row, record in zip(json.loads(file.read_text()), records):
-        responses = dict(zip(record.scores, record.responses))
+    for row, record in zip(json.loads(file.read_text()), records, strict=True):
+        responses = dict(zip(record.scores, record.responses, strict=True))
         right, wrong = row["feedback"]["corrected-prediction"].strip(), row["prediction 1"].strip()
         assert responses.get(1.0, "") == right
         assert responses.get(0.0, right) == wrong
@@ -86,7 +90,7 @@ def test_qa_feedback_prompts_are_those_of_the_demonstrations(shared_data):
     rows = json.loads((folder / "dev_feedback.json").read_text())
     records, _ = read(folder / "dev_feedback.json")
     same = sum("".join(record.prompt[0][1].split()) == "".join(texts[row["question"]].split())
-               for row, record in zip(rows, records))
+               for row, record in zip(rows, records, strict=True))
     assert same == 500
 
 
@@ -162,6 +166,36 @@ SHAPES = {
     "HH prompt, no answer mark": ({"prompt": "Human: Why?", "completion": "So."}, HUMAN, ("So.",),
                                   (1.0,)),
     "empty prompt": ({"prompt": "", "completion": "So."}, (("Human", ""),), ("So.",), (1.0,)),
+    "messages": ({"messages": [*USER, *ANSWER]}, HUMAN, ("Because.",), (1.0,)),
+    "messages, labelled": ({"messages": [*USER, *ANSWER, *USER, *ANSWER], "label": False},
+                           (*HUMAN, ("Assistant", "Because."), *HUMAN), ("Because.",), (0.0,)),
+    "messages of UltraChat": ({"prompt": "Why?", "prompt_id": "7", "messages": [*USER, *ANSWER]},
+                              HUMAN, ("Because.",), (1.0,)),
+    "chosen repeats the turns": ({"prompt": "Why?", "chosen": [*USER, *ANSWER], "rejected": [
+        *USER, {"role": "assistant", "content": "No."}]}, HUMAN, ("Because.", "No."), (1.0, 0.0)),
+    "pair without a prompt": ({"chosen": [*USER, *ANSWER, *USER, *ANSWER], "rejected": [
+        *USER, *ANSWER, *USER, {"role": "assistant", "content": "No."}]},
+        (*HUMAN, ("Assistant", "Because."), *HUMAN), ("Because.", "No."), (1.0, 0.0)),
+    "instruction": ({"instruction": "Why?", "input": "", "output": "Because."}, HUMAN,
+                    ("Because.",), (1.0,)),
+    "instruction, all keys": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be kind.",
+         "history": [["Why?", "Because."]], "score": 0.5},
+        (("System", "Be kind."), *HUMAN, ("Assistant", "Because."), ("Human", "Add.\n1 2")), ("3",),
+        (0.5,)),
+    "instruction pair": ({"instruction": "Why?", "input": None, "chosen": "Because.",
+                          "rejected": "No."}, HUMAN, ("Because.", "No."), (1.0, 0.0)),
+    "CRLF transcript": ({"prompt": (ASK + YES + ASK + "\n\nAssistant:").replace("\n", "\r\n"),
+                         "completion": "So."}, (*HUMAN, ("Assistant", "Because."), *HUMAN),
+                        ("So.",), (1.0,)),
+    "answers that repeat the prompt": (
+        {"prompt": ASK + "\n\nAssistant:", "chosen": ASK + YES, "rejected": ASK + NO}, HUMAN,
+        ("Because.", "No idea."), (1.0, 0.0)),
+    "answer with its mark": ({"prompt": ASK, "completion": "Assistant: Because."}, HUMAN,
+                             ("Because.",), (1.0,)),
+    "answer for the user, too": (
+        {"prompt": "Why?", "completion": "Human: no.\n\nAssistant: So.", "label": 0}, HUMAN,
+        ("Human: no.\n\nAssistant: So.",), (0.0,)),
 }
 
 
@@ -171,31 +205,6 @@ def test_every_jsonl_shape_reads(tmp_path, shape):
     row, prompt, responses, scores = SHAPES[shape]
     (record,), _ = read(write_jsonl(tmp_path / "rows.jsonl", [row]))
     assert (record.prompt, record.responses, record.scores) == (prompt, responses, scores)
-
-
-def test_every_container_gives_the_same_rows(tmp_path):
-    # JSON lines, CRLF, byte order mark, blank lines, one array, gzip under any name.
-    rows = [ROW, ROW | {"prompt": "Ünï 😀"}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    plain, array = "\n".join(lines), json.dumps(rows, indent=1)
-    files = {"plain.jsonl": plain, "end.jsonl": plain + "\n",
-             "crlf.jsonl": "\r\n".join(lines) + "\r\n", "bom.jsonl": "\ufeff" + plain,
-             "blank.jsonl": "\n \r\n" + "\n\n\n".join(lines), "array.json": "\n " + array,
-             "bom.json": "\ufeff" + array, "rows.jsonl.gz": plain, "array.json.gz": array}
-    paths = [write_bytes(tmp_path / name, text.encode()) for name, text in files.items()]
-    (tmp_path / "named.jsonl").write_bytes(gzip.compress(plain.encode()))
-    for path in [*paths, str(tmp_path / "named.jsonl")]:
-        records, counts = read(path)
-        assert counts["rows"] == 2, path
-        assert [(r.prompt[0][1], r.responses, r.scores) for r in records] == [
-            ("Why?", ("Because.",), (1.0,)), ("Ünï 😀", ("Because.",), (1.0,))], path
-
-
-def test_line_numbers_count_blank_lines(tmp_path):
-    # An editor shows the bad row at line 5; counting rows only would say 3.
-    path = write_jsonl(tmp_path / "rows.jsonl", ["", ROW, "", ROW, "{"])
-    with pytest.raises(ValueError, match=r"rows\.jsonl:5: "):
-        read(path)
 
 
 def test_empty_and_twice_scored_answers_are_left_out_and_counted(tmp_path):
@@ -211,6 +220,82 @@ def test_empty_and_twice_scored_answers_are_left_out_and_counted(tmp_path):
     (record,), counts = read(write_jsonl(tmp_path / "qa.jsonl", [row]))
     assert (record.responses, counts["empty responses dropped"]) == (("b",), 1)
 
+
+def test_what_is_odd_about_a_row_is_counted(tmp_path):
+    # Each of these was read in silence: keys that nobody reads, rows without a label among labelled
+    # ones, prompts that another template has rendered, answers that begin with the question.
+    rows = [ROW, {"prompt": "Why?", "completion": "Why? Why not.", "id": 3, "source": "x"},
+            {"prompt": "[INST] Why? [/INST]", "chosen": "So.", "rejected": "No.", "label": 1},
+            {"prompt": ASK + "\n\nAssistant:", "chosen": ASK + YES, "rejected": "Assistant: No."},
+            {"prompt": "Why?", "completion": "Human: so.", "label": 0}]
+    records, counts = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert len(records) == 5 and records[3].responses == ("Because.", "No.")
+    assert counts == {
+        "rows": 5, "demonstrations: no label or score, so z = 1": 1,
+        "responses that begin with the prompt's words (kept)": 1,
+        "rows with the key 'id', which is not read": 1,
+        "rows with the key 'source', which is not read": 1,
+        "rows with the key 'label', which is not read": 1,
+        "prompts that look like a chat template's text (kept)": 1,
+        "prompts with several responses": 2, "responses that repeat the prompt (taken off)": 2,
+        "transcripts with a role name inside a turn (kept)": 1} | {
+        key: number for key, number in counts.items() if not number}
+
+
+def test_dialogues_that_differ_before_the_answer_are_two_points(tmp_path):
+    # As in HH: one prompt for both would judge an answer to another question.
+    row = {"chosen": [*USER, *ANSWER], "rejected": [{"role": "user", "content": "How?"}, *ANSWER]}
+    records, counts = read(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert [(r.prompt[0][1], r.scores) for r in records] == [("Why?", (1.0,)), ("How?", (0.0,))]
+    assert counts["rows whose two prompts differ (two points, no pair)"] == 1
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+PROMPTS = {      # rows that nothing can be learned from, and the prompts that they have
+    "no completion": ([{"prompt": "Why?"}, {"prompt": "How?", "completion": ""}], ["Why?", "How?"]),
+    "other keys": ([{"prompt": "Why?", "labels": 3, "answer": "x"}], ["Why?"]),
+    "equal answers": ([{"prompt": "Why?", "chosen": "a", "rejected": "a"}], ["Why?"]),
+    "no rating": ([{"transcript": ASK + YES, "rating": None}], ["Why?"]),
+    "no answer": ([{"transcript": ASK, "rating": 1}], ["Why?"]),
+    "equal transcripts": ([{"chosen": ASK + YES, "rejected": ASK + YES}], ["Why?"]),
+    "empty transcripts": ([{"chosen": ASK + "\n\nAssistant:", "rejected": ASK + NO}], ["Why?"]),
+    "two prompts": ([{"chosen": ASK + YES, "rejected": "\n\nHuman: How?" + NO}], ["Why?", "How?"]),
+    "messages": ([{"messages": USER}, {"messages": [*USER, *ANSWER]}], ["Why?", "Why?"]),
+    "instruction": ([{"instruction": "Why?"}], ["Why?"]),
+    "QA without answers": ([{"passages": [], "text": "Why?"}], ["Why?"]),
+}
+
+
+@pytest.mark.parametrize("shape", PROMPTS)
+def test_prompts_are_read_of_rows_that_nothing_can_be_learned_from(tmp_path, shape):
+    # generate.py and rlhf/ppo.py need prompts alone: 3 prompts gave 1 answer, and nothing was said.
+    rows, prompts = PROMPTS[shape]
+    counts = Counter()
+    records = read_prompts(write_jsonl(tmp_path / "rows.jsonl", rows), counts)
+    assert [record.prompt[-1][1] for record in records] == prompts
+    assert {record.responses for record in records} == {()} and counts["rows"] == len(rows)
+
+
+def test_prompts_are_those_of_the_records_where_all_can_be_learned_from(hh_file):
+    prompts = {record.prompt for record in read_dataset(hh_file)}
+    assert {record.prompt for record in read_prompts(hh_file)} == prompts
+
+
+def test_every_prompt_is_answered_and_trained_on_by_ppo(tmp_path, tiny_model):
+    from rlhf.ppo import tokenize_prompts
+    from training.ranks import Ranks
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        {"prompt": f"What is {n}?", "completion": "2" * (n == 2)} for n in (1, 2, 3)])
+    finish("generate.py", "--model", tiny_model, "--dataset", path, "--out", tmp_path / "out.jsonl",
+           "--max_new_tokens", 2)
+    answered = [row["prompt"][0]["content"] for _, row in read_rows(str(tmp_path / "out.jsonl"))]
+    assert answered == ["What is 1?", "What is 2?", "What is 3?"]
+    args = argparse.Namespace(dataset=path, held_out=0.0, max_length=64, max_prompt_length=60)
+    assert len(tokenize_prompts(args, Tokenizer(tiny_model), Ranks())) == 3
+
+
+# ---- odd rows of the formats --------------------------------------------------------------------
 
 def test_red_team_null_ratings_and_trailing_human_turns_are_counted(tmp_path):
     # `float(rating or 0)` would turn a missing rating into the best one.
@@ -256,11 +341,30 @@ FAULTS = {      # good first row, bad third row, words of the message
     "HH without marker": (PAIR, PAIR | {"chosen": "Why? Because."}, "Why? Because."),
     "HH ends on Human": (PAIR, PAIR | {"rejected": ASK + NO + ASK}, "end on an Assistant turn"),
     "HH without rejected": (PAIR, {"chosen": ASK + YES}, "'rejected' is missing"),
-    "HH text is a list": (PAIR, PAIR | {"chosen": USER}, "expected str"),
+    "HH text is a number": (PAIR, PAIR | {"chosen": 3}, "expected text or a list"),
+    "HH list ends on the user": (PAIR, PAIR | {"chosen": USER}, "end on an Assistant turn"),
     "rating 5": (RED, RED | {"rating": 5}, "rating 5 is outside 0..4"),
     "rating below 0": (RED, RED | {"rating": -0.5}, "outside 0..4"),
     "rating is text": (RED, RED | {"rating": "2"}, "'rating' is '2'"),
     "no transcript": (RED, {"rating": 2.0}, "'transcript' is missing"),
+    "single line ends": (ROW, ROW | {"prompt": "Human: Hi\nAssistant: Yo\nHuman: So?\nAssistant:"},
+                         "no blank line separates"),
+    "text before a transcript": (ROW, ROW | {"prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:"},
+                                 "this one with 'Be kind."),
+    "chosen has another system": (ROW, {"prompt": "Why?", "rejected": "No.", "chosen": [
+        {"role": "system", "content": "s"}, *USER, *ANSWER]}, "'chosen' must be one assistant"),
+    "chosen has more turns": (ROW, {"prompt": "Why?", "chosen": "\n\nHuman: Hi" + YES + ASK + YES,
+                                    "rejected": "No."}, "'chosen' must be one assistant message"),
+    "completion is an empty list": (ROW, ROW | {"completion": []}, "one assistant message"),
+    "labels": (ROW, {"prompt": "a", "completion": "b", "labels": 0}, "'labels'"),
+    "Label": (ROW, {"prompt": "a", "completion": "b", "Label": False}, "'Label'"),
+    "rating": (ROW, {"prompt": "a", "completion": "b", "rating": 1}, "'rating': call it 'label'"),
+    "kto_tag": (ROW, {"instruction": "a", "output": "b", "kto_tag": False}, "'kto_tag'"),
+    "messages end on the user": (ROW, {"messages": USER}, "end on an Assistant turn"),
+    "messages without a user": (ROW, {"messages": ANSWER}, "must follow a user message"),
+    "history of one": (ROW, {"instruction": "a", "output": "b", "history": [["a"]]},
+                       "expected a list of 2 texts"),
+    "instruction is null": (ROW, {"instruction": None, "output": "b"}, "'instruction' is"),
     "role is a list": (ROW, {"prompt": [{"role": ["user"], "content": "a"}], "completion": "b"},
                        "is not a message"),
     "system comes later": (ROW, {"prompt": [*USER, {"role": "system", "content": "s"}, *USER],
@@ -291,46 +395,6 @@ def test_a_wrong_type_is_told_the_right_one(tmp_path, row, wanted):
         read(write_jsonl(tmp_path / "rows.jsonl", [row]))
 
 
-GOOD = (json.dumps(ROW) + "\n").encode()
-DAMAGED = bytearray(gzip.compress(GOOD * 500))
-DAMAGED[15:18] = b"\xff\xff\xff"                       # inside the deflate stream: zlib.error
-FILES = {      # name, bytes as they lie on disk, words of the message
-    "lfs pointer": ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-                    "git-lfs pointer"),
-    "web page": ("a.jsonl", b"<!DOCTYPE html>\n<title>Not found</title>\n", "web page"),
-    "not gzip": ("a.jsonl.gz", GOOD, "not a gzip file"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "damaged gzip"),
-    "junk after gzip": ("a.jsonl.gz", gzip.compress(GOOD) + b"junk", "damaged gzip"),
-    "broken gzip": ("a.jsonl.gz", bytes(DAMAGED), "damaged gzip"),
-    "invalid UTF-8": ("a.jsonl", GOOD + b'{"prompt": "\xff\xfe"}\n',
-                      "a.jsonl:2: bad JSON: 'utf-8'"),
-    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl:1: bad JSON"),
-    "empty": ("a.jsonl", b"", "no rows"),
-    "blank": ("a.jsonl", b"\n \r\n\n", "no rows"),
-    "empty array": ("a.json", b" [ ]", "no rows"),
-    "bad array": ("a.json", b"[{},\n{]", "bad JSON"),
-    "array of numbers": ("a.json", b"[1]", "a.json[0]: expected an object"),
-    "nested without end": ("a.json", b"[" * 100_000, "bad JSON"),
-}
-
-
-@pytest.mark.parametrize("fault", FILES)
-def test_a_bad_file_is_named(tmp_path, fault):
-    # One ValueError with the file's name, whatever lies on disk; anything else is a traceback.
-    name, raw, words = FILES[fault]
-    (tmp_path / name).write_bytes(raw)
-    with pytest.raises(ValueError) as caught:
-        read(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value) and words in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    # A folder is no data file either.
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{path}: no such data file"):
-            read(path)
-
-
 # ---- split and command --------------------------------------------------------------------------
 
 def test_a_prompt_is_on_one_side_of_the_split(tmp_path):
@@ -351,6 +415,13 @@ def test_a_prompt_is_on_one_side_of_the_split(tmp_path):
     assert split_by_prompt(records, 1.0) == ([], records)
 
 
+def test_the_command_lets_no_text_move_the_terminals_cursor(tmp_path):
+    row = {"prompt": "a\x1b[2Jb", "completion": "\x07c"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    shown = finish("data.py", path, "--show", 1)
+    assert "a\\x1b[2Jb ASSISTANT:" in shown and "\\x07c" in shown and "\x1b" not in shown
+
+
 def test_the_command_shows_prompt_response_and_eos(tmp_path, tiny_tokenizer):
     # What a reader runs first; scores, token counts and where each row comes from. In the last row
     # shown two Assistant turns follow each other: "ASSISTANT:" stands before the second, too.
@@ -368,3 +439,25 @@ def test_the_command_shows_prompt_response_and_eos(tmp_path, tiny_tokenizer):
         Tokenizer(tiny_tokenizer), [("Human", "Why?"), ("Assistant", "Because.")])
     assert f"[response, z = 1, {len(prompt_ids)} + {len(response_ids)} tokens]" in run.stdout
     assert f"--- {path}:3\n" in run.stdout and f"--- {path}:4\n" not in run.stdout
+
+
+def test_dpo_trains_on_labelled_rows_that_share_a_prompt(tmp_path, tiny_model):
+    # 4 prompts with a good answer and two bad ones each, good ones first: 8 pairs, said so.
+    path = write_jsonl(tmp_path / "points.jsonl", [
+        {"prompt": f"What is {n}?", "completion": text, "label": z}
+        for text, z in (("Good.", 1), ("Bad.", 0), ("Worse.", 0)) for n in range(4)])
+    shown = finish("train.py", "--method", "dpo", "--model_name_or_path", tiny_model, "--dataset",
+                   path, "--output_dir", tmp_path / "out", "--max_steps", 1, "--max_length", 128,
+                   "--max_prompt_length", 64)
+    line = next(line for line in shown.splitlines() if "rows that share a prompt" in line)
+    assert line.split()[-1] == "8" and "training on 4 prompts" in shown
+
+
+def test_the_reader_of_one_format_reads_what_the_keys_would_choose(hh_file, shared_data):
+    # The names that users import; the last two formats have files in the project's real data.
+    assert data.read_hh(hh_file) == data.read_golden_hh(hh_file) == read_dataset(hh_file)
+    for reader, name in ((data.read_qa_feedback, "qa_feedback_dev"),
+                         (data.read_red_team, "red_team_attempts_sample")):
+        file = next(str(path) for path in sorted((shared_data / name).iterdir())
+                    if "json" in path.name)
+        assert reader(file) == read_dataset(file)

@@ -1,17 +1,23 @@
-"""eval.py: the world's exact metrics, agreement with a known reward, statistics."""
+"""eval.py: the world's exact metrics, agreement with a known reward, statistics, several runs."""
 import itertools
+import json
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+from conftest import write_jsonl
 from helpers import reward_model_in
 
-from eval import (agreement, evaluate_world, evaluate_world_rewards, kl, optimum, with_rest,
-                  world_logps, world_scores, world_trees)
+import eval as evaluate
+from eval import (agreement, evaluate_world, evaluate_world_rewards, held_out_trees, kl, optimum,
+                  short_names, with_rest, world_logps, world_scores, world_trees)
 from intervals import bootstrap, wins
 from model import load_llama
 from step import tree_rewards
 from tokenizer import Tokenizer, encode_dialogue
+from training.checkpoint import FinishedRun
 from world import answers, held_out_prompts, question
 
 # three answers: text, r*, harmful, probability under the base
@@ -114,3 +120,70 @@ def test_wins_counts_ties_as_halves_and_bootstrap_covers_the_mean():
     value, low, high = bootstrap(lambda v: v.mean(), rows)
     # the standard error of the mean of 0..99 is 2.9: the interval is about ± 5.7
     assert value == 49.5 and (low, high) == pytest.approx((43.8, 55.2), abs=1)
+
+
+# ---- several runs -------------------------------------------------------------------------------
+
+def test_runs_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths():
+    assert short_names(["runs/dpo", "runs/ulma/"]) == ["dpo", "ulma"]
+    assert short_names(["seeds/1/dpo", "seeds/2/dpo", "ulma"]) == ["1/dpo", "2/dpo", "ulma"]
+    assert short_names(["a/1/dpo", "b/1/dpo", "b/2/dpo"]) == ["a/1/dpo", "b/1/dpo", "2/dpo"]
+    assert short_names(["runs/base", "runs/optimum pi*"]) == ["runs/base", "runs/optimum pi*"]
+
+
+def test_two_runs_of_one_name_are_two_rows_of_the_worlds_table(tmp_path, monkeypatch, capsys):
+    # seeds/1/dpo and seeds/2/dpo were one row: the second's, under the name of both.
+    prompts = held_out_prompts()
+    runs = {path: torch.log_softmax(torch.full((40, 288), -6.0, dtype=torch.float64), -1) - shift
+            for path, shift in (("seeds/1/dpo", 0.01), ("seeds/2/dpo", 1.0), (None, 0.1))}
+    flags = {"method": "dpo", "beta": 0.5, "dataset": None, "model_name_or_path": "base"}
+    monkeypatch.setattr(evaluate, "read_run", lambda path: flags)
+    monkeypatch.setattr(evaluate, "load_run", lambda path: FinishedRun(
+        path, partial(nullcontext, None), flags | {"beta": 0.5 if "1" in path else 0.1}))
+    monkeypatch.setattr(evaluate, "on_world", lambda flags, dataset: True)
+    monkeypatch.setattr(evaluate, "run_tokenizer", lambda path, flags: None)
+    monkeypatch.setattr(evaluate, "world_logps", lambda model, *_: (
+        runs[model], torch.full((len(prompts), 288), 9)))
+    evaluate.main(["seeds/1/dpo", "seeds/2/dpo", "seeds/2/../1/dpo",
+                   "--json", str(tmp_path / "table.json")])
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert list(table) == ["base", "1/dpo", "2/dpo", "optimum pi*"]
+    assert table["1/dpo"]["off-world"] == pytest.approx(1 - math.exp(-0.01))
+    assert table["2/dpo"]["off-world"] == pytest.approx(1 - math.exp(-1.0))
+    assert "beta 0.1 for all (the runs differ in theirs)" in capsys.readouterr().out
+
+
+def test_runs_are_measured_on_the_same_rows_with_the_same_cuts(tmp_path, tiny_model, monkeypatch,
+                                                               capsys):
+    # A PPO run's max_length is that of its samples: held-out answers were cut at 40 + 8 tokens for
+    # it and at 120 for its base. Its reward model's counts. Both get what both held out.
+    path = write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": f"What is {n}?", "chosen": "It is " + "a long number, " * 9, "rejected": "No."}
+        for n in range(60)])
+    flags = {"method": "dpo", "dataset": path, "held_out": 0.5, "max_length": 120,
+             "max_prompt_length": 60, "model_name_or_path": tiny_model, "reward_model": None}
+    ppo = flags | {"method": "rlhf", "held_out": 0.3, "max_length": 48, "max_prompt_length": 40,
+                   "reward_model": str(tmp_path)}
+    monkeypatch.setattr(evaluate, "read_run", lambda path: flags)
+    both = held_out_trees({"dpo": flags, "ppo": ppo}, None)
+    assert both["dpo"] == both["ppo"] and 5 < len(both["dpo"]) < 30
+    assert held_out_trees({"ppo": ppo}, None) == {"ppo": both["ppo"]}
+    assert max(len(t.prompt_ids) + len(t.response_ids[0]) for t in both["dpo"]) == 120
+    assert "cut at 120 tokens, prompts at 60" in capsys.readouterr().out
+    longer = flags | {"max_length": 4096, "max_prompt_length": 2048}     # the model has 2048
+    found = held_out_trees({"dpo": longer, "ppo": ppo}, path)
+    assert [len(trees) for trees in found.values()] == [60, 60]
+    assert "cut at 2048 tokens, prompts at 2047" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="sft held out nothing of"):
+        held_out_trees({"dpo": flags, "sft": flags | {"held_out": 0.0}}, None)
+
+
+def test_labelled_rows_of_a_prompt_have_a_reward_accuracy(tmp_path, tiny_model, monkeypatch):
+    # Points of one prompt, scattered over the file: one tree, whose pairs are those that differ.
+    path = write_jsonl(tmp_path / "points.jsonl", [
+        {"prompt": f"What is {n}?", "completion": text, "label": z} for text, z in
+        (("Two.", 1), ("No.", 0), ("Three.", 1)) for n in range(3)])
+    flags = {"method": "ulma", "dataset": path, "held_out": 0.5, "max_length": 120,
+             "max_prompt_length": 60, "model_name_or_path": tiny_model}
+    trees = held_out_trees({"ulma": flags}, path)["ulma"]
+    assert [tree.pairs for tree in trees] == [[(0, 1), (2, 1)]] * 3

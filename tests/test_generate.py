@@ -232,6 +232,38 @@ def test_a_row_ends_with_eos_and_the_others_go_on():
     assert by_default == [row[:row.index(2) + 1] if 2 in row else row for row in free]
 
 
+def test_each_of_several_ids_ends_a_row():
+    # An int, any collection, None for none; left out, all of the model's own list (Llama-3 has 3).
+    model, prompts = make_model(GQA), make_prompts([9, 2, 30, 9, 14, 5])
+    options = dict(temperature=2.0, generator=5)
+    free = generate(model, prompts, 30, eos_id=None, **options)
+    ends = [free[0][7], next(i for i in free[1] if i not in free[0])]
+
+    def cut(row):
+        return row[:min((row.index(i) for i in ends if i in row), default=len(row)) + 1]
+
+    expected = [cut(row) for row in free]
+    assert {row[-1] for row in expected} >= set(ends)
+    for eos_id in (ends, tuple(ends), frozenset(ends)):
+        assert generate(model, prompts, 30, eos_id=eos_id, **options) == expected
+    assert generate(model, prompts, 30, eos_id=[], **options) == free
+    model.config = LlamaConfig(**SHAPE, num_key_value_heads=2, eos_token_id=tuple(ends))
+    assert generate(model, prompts, 30, **options) == expected
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_ids_without_a_piece_are_never_sampled(temperature):
+    # A padded embedding: rows that no text belongs to, here the likeliest of all.
+    model, prompts = make_model(GQA), make_prompts([9, 2, 5])
+    unused = [7, 58, 59, 60]
+    model.lm_head.weight.data[unused] = 0
+    hidden = torch.tensor(prompts[0])
+    model.lm_head.weight.data[60] = 50 * model(hidden)[-1]         # wins after the first prompt
+    options = dict(temperature=temperature, eos_id=None, generator=1)
+    assert 60 in sum(generate(model, prompts, 20, **options), [])
+    assert not set(unused) & set(sum(generate(model, prompts, 20, **options, unused_ids=unused), []))
+
+
 def test_adapters_on_off_and_fresh():
     prompts = make_prompts([4, 11])
     base = generate(make_model(GQA), prompts, 12, temperature=0, eos_id=None)
@@ -267,7 +299,8 @@ def test_every_setting_of_a_sampling_counts():
     model, prompts = make_model(GQA), make_prompts([9, 2])
     settings = vars(Sampling(30, 1.5, 0.7, None))
     rows = generate(model, prompts, **settings, generator=3)
-    changes = dict(max_new_tokens=29, temperature=1.0, top_p=1.0, eos_id=rows[0][5])
+    changes = dict(max_new_tokens=29, temperature=1.0, top_p=1.0, eos_id=rows[0][5],
+                   unused_ids=[rows[0][5]])
     assert settings.keys() == changes.keys()
     for name, value in changes.items():
         assert generate(model, prompts, **settings | {name: value}, generator=3) != rows, name

@@ -12,10 +12,10 @@ from test_generate import make_adapter
 
 import data
 import generate as generate_file
-from files.cli import run_cli
+from files.cli import run_cli, visible
 from generate import generate, row_seeds
 from lora import add_lora, load_adapter, lora_layers, save_adapter, start_from_adapter
-from model import load_llama
+from model import load_llama, save_llama
 
 
 @pytest.fixture
@@ -49,11 +49,16 @@ def expected_text(folder, turns, seed, new, **options):
     return tokenizer.decode(generate(model, [ids], new, generator=seed, **options)[0])
 
 
+def shown(text):
+    """As an answer is printed: what could steer the terminal is escaped."""
+    return visible(text, "\n\t")
+
+
 def test_prompt_prints_one_answer(command, tiny_model):
     code, out, _ = command("--prompt", "How do I fix it?", "--max_new_tokens", 30, "--seed", 4,
                            "--temperature", 1, "--top_p", 0.8)
     text = expected_text(tiny_model, [("Human", "How do I fix it?")], 4, 30, top_p=0.8)
-    assert (code, out) == (0, text + "\n") and len(text) > 10
+    assert (code, out) == (0, shown(text) + "\n") and len(text) > 10
 
 
 def test_chat_keeps_the_dialogue(command, tiny_model):
@@ -62,7 +67,8 @@ def test_chat_keeps_the_dialogue(command, tiny_model):
     turns = [("Human", "Hello"), ("Assistant", first.strip()), ("Human", "Why?")]
     second = expected_text(tiny_model, turns, 0, 20, temperature=0)
     assert code == 0 and first.strip()
-    assert out == f"USER: ASSISTANT: {first}\nUSER: USER: ASSISTANT: {second}\nUSER: \n"
+    assert out == (f"USER: ASSISTANT: {shown(first)}\n"
+                   f"USER: USER: ASSISTANT: {shown(second)}\nUSER: \n")
 
 
 def test_pieces_are_printed_as_the_whole_text_decodes(tiny_tokenizer, capsys):
@@ -174,7 +180,8 @@ def test_adapter_and_reference_flags(command, tiny_model, tmp_path):
     with_adapter = load_adapter(load_llama(tiny_model), str(tmp_path / "adapter"))
     tokenizer = data.Tokenizer(tiny_model)
     ids, _ = data.encode_dialogue(tokenizer, [("Human", "How?")])
-    assert tokenizer.decode(generate(with_adapter, [ids], 20, temperature=0)[0]) + "\n" == adapted
+    answer = tokenizer.decode(generate(with_adapter, [ids], 20, temperature=0)[0])
+    assert visible(answer, "\n\t") + "\n" == adapted
 
 
 def test_a_long_dialogue_loses_its_beginning(command, tmp_path, tiny_tokenizer):
@@ -182,7 +189,7 @@ def test_a_long_dialogue_loses_its_beginning(command, tmp_path, tiny_tokenizer):
     folder = save_tiny_model(tmp_path / "short", tiny_tokenizer, max_position_embeddings=200)
     model, tokenizer = load_llama(folder), data.Tokenizer(folder)
     ids, _ = data.encode_dialogue(tokenizer, [("Human", "a red boat " * 100)])
-    text = tokenizer.decode(generate(model, [ids[:1] + ids[-179:]], 20, temperature=0)[0])
+    text = shown(tokenizer.decode(generate(model, [ids[:1] + ids[-179:]], 20, temperature=0)[0]))
     assert command("--prompt", "a red boat " * 100, "--max_new_tokens", 20, "--temperature", 0,
                    model=folder)[1] == text + "\n"
 
@@ -203,10 +210,66 @@ def test_commands_refuse_in_one_sentence_and_write_nothing(command, tmp_path, fl
     assert all(word in error for word in words) and tree_of(tmp_path) == {}
 
 
-def test_a_model_with_more_ids_than_the_tokenizer_is_refused(command, tmp_path, tiny_tokenizer):
+def test_a_padded_embedding_answers_in_text_alone(command, tmp_path, tiny_tokenizer):
+    # 64 rows without a piece, one of them the likeliest by far; too few rows are refused.
     folder = save_tiny_model(tmp_path / "wide", tiny_tokenizer, vocab_size=TINY_VOCAB + 64)
-    code, _, error = command("--prompt", "a", model=folder)
-    assert code == 2 and str(TINY_VOCAB) in error and str(TINY_VOCAB + 64) in error
+    model = load_llama(folder)
+    ids, _ = data.encode_dialogue(data.Tokenizer(folder), [("Human", "a")])
+    with torch.no_grad():
+        model.lm_head.weight[TINY_VOCAB + 9] = 50 * model(torch.tensor(ids))[-1]
+    save_llama(model, folder)
+    assert generate(model, [ids], 1, temperature=0)[0] == [TINY_VOCAB + 9]
+    code, out, _ = command("--prompt", "a", "--max_new_tokens", 8, model=folder)
+    unused = range(TINY_VOCAB, TINY_VOCAB + 64)
+    answer = generate(model, [ids], 8, temperature=0, unused_ids=unused)[0]
+    assert (code, out) == (0, shown(data.Tokenizer(folder).decode(answer)) + "\n")
+    small = save_tiny_model(tmp_path / "small", tiny_tokenizer, vocab_size=TINY_VOCAB - 8)
+    code, _, error = command("--prompt", "a", model=small)
+    assert code == 2 and f"has {TINY_VOCAB} pieces, " in error and str(TINY_VOCAB - 8) in error
+
+
+def test_every_id_of_a_list_ends_an_answer(command, tmp_path, tiny_tokenizer):
+    # config.json names the tokenizer's 2 and another: an answer that ends in either has ended.
+    folder = save_tiny_model(tmp_path / "ends", tiny_tokenizer, eos_token_id=(30, 2))
+    model, tokenizer = load_llama(folder), data.Tokenizer(folder)
+    model.lm_head.weight.data[30] = 0
+    with torch.no_grad():
+        ids, _ = data.encode_dialogue(tokenizer, [("Human", "a")])
+        model.lm_head.weight[30] = 50 * model(torch.tensor(ids))[-1]
+    save_llama(model, folder)
+    file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    flags = "--dataset", file, "--out", "out.jsonl", "--temperature", 0
+    assert command(*flags, model=folder)[0] == 0
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row["ended"] is True and row["tokens"] == 1
+
+
+def test_an_adapters_run_decides_on_the_chat_template(command, tiny_model, tmp_path):
+    # RUN/args.json names it, RUN/final has its text; another one that is asked for is noted.
+    pytest.importorskip("jinja2")
+    model = add_lora(load_llama(tiny_model), r=2, alpha=4, dropout=0.0)
+    final = tmp_path / "run/final"
+    save_adapter(model, str(final), tiny_model)
+    (tmp_path / "run/args.json").write_text('{"chat_template": "some/file.jinja"}')
+    (final / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ ('Q ' if loop.first) ~ m.content }}{% if loop.first %} A"
+        "{% endif %}{% endfor %}")
+    seen = []
+    original = generate_file.encode_dialogue
+
+    def encode(tokenizer, turns):
+        seen.append(tokenizer.decode(original(tokenizer, turns)[0]))
+        return original(tokenizer, turns)
+
+    generate_file.encode_dialogue = encode
+    try:
+        flags = ["--prompt", "how", "--max_new_tokens", 2, "--adapter", final]
+        assert command(*flags)[0] == 0
+        code, _, error = command(*flags, "--chat_template", "vicuna")
+    finally:
+        generate_file.encode_dialogue = original
+    assert seen[0] == "Q how A" and seen[1].endswith("USER: how ASSISTANT:")
+    assert code == 0 and "--chat_template vicuna is another one than" in error
 
 
 def test_an_adapter_on_top_of_another_is_generated_with_both(command, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from helpers_models import (ALL_LINEAR, adapted_model, base_model, hidden_of, sa
                             trained)
 from safetensors.torch import load_file, save_file
 
+import lora
 from lora import adapter_tensors, add_lora, load_adapter, lora_layers, save_adapter
 
 
@@ -138,6 +140,14 @@ def test_a_misfit_leaves_existing_adapters_alone(tmp_path):
     ({"target_modules": ".*c_attn"}, r"no linear layer is called \.\*c_attn; there are"),
     ({"r": "8"}, "adapter_config.json: r is '8'; PEFT writes an integer r"),
     ({"r": 0, "lora_alpha": None}, "r is 0, lora_alpha is None; PEFT writes"),
+    ({"r": True}, "r is True; PEFT writes"), ({"lora_alpha": True}, "lora_alpha is True; PEFT"),
+    ({"r": 2 ** 62}, r"says r = 4611686018427387904, and the file's lora_A have 3 rows"),
+    ({"r": 4}, "says r = 4, and the file's lora_A have 3 rows"),
+    ({"lora_alpha": 10 ** 400}, "adapter_config.json: not JSON: 10.* is too large a number"),
+    ({"lora_alpha": float("inf")}, "not JSON: Infinity is not a number"),
+    ({"modules_to_save": [[1]]}, r"modules_to_save is \[\[1\]\]; PEFT writes"),
+    ({"target_modules": "((" * 9000}, "target_modules '.*': maximum recursion depth"),
+    ({"target_modules": "a{99999999999999999999}"}, "the repetition number is too large"),
     ({"target_modules": 3}, "target_modules is 3; PEFT writes"),
     ({"target_modules": [1]}, r"target_modules is \[1\]; PEFT writes"),
     ({"modules_to_save": 1}, "modules_to_save is 1; PEFT writes"),
@@ -150,6 +160,18 @@ def test_adapters_that_are_not_plain_lora_are_refused(values, words, tmp_path):
     edit_config(path, **values)
     with pytest.raises(ValueError, match=words):
         load_adapter(base_model(), path)
+
+
+def test_a_pattern_that_takes_for_ever_is_stopped(tmp_path, monkeypatch):
+    # (.*)*x tries every way to cut a name into pieces: 2^32 of them. The handler is put back.
+    monkeypatch.setattr(lora, "PATTERN_SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGALRM)
+    _, path = saved_adapter(tmp_path)
+    edit_config(path, target_modules="(.*)*x")
+    with pytest.raises(ValueError, match=r"target_modules '\(\.\*\)\*x': takes more than 0.05 s"):
+        load_adapter(base_model(), path)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("targets, written", [

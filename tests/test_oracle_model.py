@@ -7,7 +7,7 @@ import torch
 from conftest import need
 from helpers_models import assert_same_model, saved
 
-from files.config import LlamaConfig, read_config
+from files.config import Llama3Rope, LlamaConfig, read_config
 from model import load_llama
 
 transformers = need("transformers")
@@ -21,6 +21,15 @@ SHAPES = {
                       num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True),
     "linear rope": dict(vocab_size=71, hidden_size=40, intermediate_size=64, num_hidden_layers=2,
                         num_attention_heads=5, rope_theta=5e5, rope_factor=4.0),
+    # a context of 32 tokens: of Dh/2 = 8 frequencies some stay, some change, some are between
+    "llama3 rope": dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, rope_theta=5e5,
+                        rope_llama3=Llama3Rope(8.0, 1.0, 4.0, 32), max_position_embeddings=256),
+    "wide heads": dict(vocab_size=67, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=1, head_dim=20),
+    "sliding window": dict(vocab_size=67, hidden_size=48, intermediate_size=96,
+                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                           sliding_window=64),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 each_size = pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000], ids=["one file", "shards"])
@@ -45,13 +54,23 @@ def assert_same_logits(ours, theirs):
     torch.testing.assert_close(logits_of(ours), expected, rtol=0, atol=2e-6 * largest)
 
 
+def their_rope(shape):
+    """{rope_type, …} of one of SHAPES."""
+    if llama3 := shape.get("rope_llama3"):
+        return {"rope_type": "llama3", **vars(llama3)}
+    factor = shape.get("rope_factor")
+    return {"rope_type": "linear", "factor": factor} if factor else {"rope_type": "default"}
+
+
 def their_model(shape):
-    """A random LlamaForCausalLM."""
-    shape = dict(shape)
-    factor, theta = shape.pop("rope_factor", None), shape.pop("rope_theta", 10000.0)
-    rope = {"rope_type": "linear", "factor": factor} if factor else {"rope_type": "default"}
+    """A random LlamaForCausalLM; MistralForCausalLM for a shape with a window."""
+    rope, theta = their_rope(shape), shape.get("rope_theta", 10000.0)
+    shape = {key: value for key, value in shape.items() if not key.startswith("rope_")}
+    kind = "Mistral" if "sliding_window" in shape else "Llama"
+    if kind == "Mistral":
+        shape = {"max_position_embeddings": 4096} | shape
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(
         **shape, rope_parameters=rope | {"rope_theta": theta}, initializer_range=0.2,
         eos_token_id=[2, 3])).eval()
 
@@ -61,7 +80,7 @@ def their_model(shape):
 def test_they_read_what_we_save(shape, shard_bytes, tmp_path):
     # No missing, unexpected or newly initialised tensor, and our logits.
     model, path = saved(tmp_path, LlamaConfig(**shape), max_shard_bytes=shard_bytes)
-    theirs, report = transformers.LlamaForCausalLM.from_pretrained(
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == torch.float32
@@ -83,12 +102,15 @@ def test_we_read_what_they_save(shape, shard_bytes, tmp_path):
 def test_we_read_what_transformers_4_saved(shape, shard_bytes, tmp_path):
     # .bin state dicts (a tied head was written twice, one storage) and rope_theta, rope_scaling.
     theirs = their_model(shape)
-    config = {key: value for key, value in shape.items() if key != "rope_factor"}
-    if factor := shape.get("rope_factor"):
-        config["rope_scaling"] = {"type": "linear", "factor": factor}
+    config = {key: value for key, value in shape.items()
+              if key not in ("rope_factor", "rope_llama3")}
+    rope = their_rope(shape)
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
     (tmp_path / "config.json").write_text(json.dumps(config | {
-        "model_type": "llama", "torch_dtype": "float32", "transformers_version": "4.31.0",
-        "rms_norm_eps": theirs.config.rms_norm_eps, "pad_token_id": 0, "rope_theta": 10000.0}
+        "model_type": theirs.config.model_type, "torch_dtype": "float32",
+        "transformers_version": "4.31.0", "rms_norm_eps": theirs.config.rms_norm_eps,
+        "pad_token_id": 0, "rope_theta": 10000.0}
         | ({"rope_theta": shape["rope_theta"]} if "rope_theta" in shape else {})))
     state = theirs.state_dict()
     half = list(state)[len(state) // 2:] if shard_bytes < 10 ** 9 else []
@@ -112,9 +134,19 @@ def test_an_empty_config_means_the_same_to_both(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     ours, theirs = read_config(str(tmp_path)), transformers.LlamaConfig.from_pretrained(tmp_path)
     assert ours.rope_factor == 1 and theirs.rope_parameters["rope_type"] == "default"
-    for name in set(vars(ours)) - {"rope_theta", "rope_factor"}:
+    assert ours.rope_llama3 is None and ours.sliding_window is None
+    for name in set(vars(ours)) - {"rope_theta", "rope_factor", "rope_llama3", "sliding_window"}:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_mistrals_empty_config_means_the_same_to_both(tmp_path):
+    # A window of 4096, 8 key heads, 131,072 positions, of which we take the window's.
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    ours, theirs = read_config(str(tmp_path)), transformers.MistralConfig.from_pretrained(tmp_path)
+    for name in set(vars(ours)) - {"rope_theta", "rope_factor", "rope_llama3", "head_dim"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.max_positions == 4096
 
 
 def test_a_float16_folder_that_they_save_again_is_the_same(tmp_path):

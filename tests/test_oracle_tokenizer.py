@@ -4,7 +4,7 @@ import sentencepiece
 from conftest import need
 from test_tokenizer import STRANGE
 
-from data import read_hh
+from data import read_dataset
 from tokenizer import Tokenizer, encode_dialogue, render_dialogue
 
 transformers = need("transformers")
@@ -46,7 +46,7 @@ def test_hh_dialogues_have_transformers_ids(shared_data, hh_file, legacy):
     file = shared_data / "llama2_tokenizer/tokenizer.model"
     ours, theirs = Tokenizer(str(file), legacy), llama_tokenizer_of(file, legacy)
     several = 0
-    for record in read_hh(hh_file)[::20]:
+    for record in read_dataset(hh_file)[::20]:
         turns = [*record.prompt, ("Assistant", record.responses[0])]
         prompt_ids, response_ids = encode_dialogue(ours, turns)
         assert prompt_ids + response_ids == ids_at_once(theirs, turns), record.where

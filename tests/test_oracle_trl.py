@@ -123,6 +123,33 @@ def test_pointwise_dpo_on_pairs_is_trls_bco_pair(tmp_path, tiny_tokenizer):
     assert_same(log, lines, {"loss": "loss", "grad_norm": "grad_norm", **REWARDS}, scale=2.0)
 
 
+def test_kto_is_that_of_trl_step_by_step(tmp_path, tiny_tokenizer):
+    # z0 of every batch from the same mismatched responses: each prompt with the two of the prompt
+    # before it. It is above 0 in most steps, so an error of it would show in the loss.
+    lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "kto", "--batch_size",
+                               str(2 * PAIRS), "--max_grad_norm", "0.5")
+    rows = [{"prompt_ids": tree.prompt_ids, "completion_ids": tree.response_ids[k],
+             "KL_completion_ids": trees[n - n % PAIRS + (n - 1) % PAIRS].response_ids[k],
+             "label": tree.scores[k] == 1} for n, tree in enumerate(trees) for k in (0, 1)]
+    config = trl.KTOConfig(beta=0.1, max_grad_norm=0.5, train_sampling_strategy="sequential",
+                           **settings(tmp_path, per_device_train_batch_size=2 * PAIRS))
+    log = theirs(trl.KTOTrainer, config, rows, model, tmp_path)
+    assert sum(line["kl"] > 0.1 for line in log) >= 5
+    assert lines[-1]["loss"] < 0.45 < 0.49 < lines[0]["loss"]           # it learned
+    assert_same(log, lines, {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr",
+                             **REWARDS})
+
+
+def test_ipo_with_length_averages_is_trls(tmp_path, tiny_tokenizer):
+    # TRL averages over length; so do we when asked, then also in the logged rewards (theirs: sums).
+    lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "ipo", "--batch_size",
+                               str(PAIRS), "--logp_reduction", "mean", "--max_grad_norm", "0.5")
+    config = trl.DPOConfig(beta=0.1, loss_type="ipo", max_grad_norm=0.5, **settings(tmp_path))
+    log = theirs(trl.DPOTrainer, config, dpo_rows(trees), model, tmp_path)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert_same(log, lines, {"loss": "loss", "grad_norm": "grad_norm"})
+
+
 def test_sft_is_trls_with_responses_of_one_length(tmp_path, tiny_tokenizer):
     # They average over the tokens of a batch, we over responses the sum (papers) or the average
     # (--logp_reduction mean) of each. For responses of one length the last is the first.

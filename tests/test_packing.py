@@ -7,7 +7,8 @@ from attention_rule import whole_mask
 
 from data import Record
 from packing import (MAX_RESPONSES, Tree, build_stream, epoch_batches, idle_stream, make_trees,
-                     one_negative_per_tree, pack, plan_batches, prefix_stream, shard, truncate)
+                     one_negative_per_tree, pack, pair_points, plan_batches, prefix_stream, shard,
+                     truncate)
 from tokenizer import Tokenizer, encode_dialogue
 
 
@@ -124,6 +125,26 @@ def test_neighbours_with_one_prompt_share_a_tree_but_no_pair(tiny_tokenizer):
     assert [tree.scores for tree in trees] == [[1.0, 0.0, 1.0, 0.0], [0.0], [1.0]]
     assert [tree.pairs for tree in trees] == [[(2, 3)], [], []]
     assert trees[0].prompt_ids == trees[2].prompt_ids != trees[1].prompt_ids
+
+
+def test_points_of_a_prompt_make_pairs_where_their_scores_differ():
+    # For methods that train on pairs, wherever the rows stand: 2 good x 1 bad. A text that was
+    # scored both ways makes none, nor does one scored alike twice; records of two stay as they are.
+    records = [record("a", ("x", 1.0)), record("b", ("good", 1.0), ("bad", 0.0)),
+               record("a", ("y", 0.0)), record("c", ("z", 1.0)), record("a", ("both", 1.0)),
+               record("a", ("w", 0.5)), record("a", ("x", 1.0)), record("a", ("both", 0.0)),
+               record("d", ("only", 1.0)), record("d", ("only", 0.0))]
+    counts = Counter()
+    merged = pair_points(records, counts)
+    assert [(r.prompt[0][1], r.responses, r.scores) for r in merged] == [
+        ("a", ("x", "y", "w"), (1.0, 0.0, 0.5)), ("b", ("good", "bad"), (1.0, 0.0)),
+        ("c", ("z",), (1.0,))]
+    assert counts["pairs made of rows that share a prompt"] == 3
+    assert counts["responses left out: scored both ways"] == 2
+    many = [record("a", (f"answer {n}", float(n % 2))) for n in range(37)]
+    assert [len(r.responses) for r in pair_points(many)] == [MAX_RESPONSES, MAX_RESPONSES, 5]
+    pairs = [record("a", (f"good {n}", 1.0), (f"bad {n}", 0.0)) for n in range(3)]
+    assert pair_points(pairs) == pairs                     # explicit pairs: nothing changes
 
 
 def test_an_unused_record_between_two_does_not_split_their_tree(tiny_tokenizer):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from helpers import anchored, backward, flat_gradient, make_model, make_trees, run_ranks, usable
 from plain import plain_hidden, plain_logps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_logps
 from lora import lora_disabled, lora_layers
 from model import Llama
 from packing import Tree, build_stream, shard
-from step import (METHODS, METRICS, Compute, micro_batches, reference_logps, scored_hidden,
-                  sequence_logps, token_logps)
-from train import Log
+from step import (METHODS, METRICS, Compute, Objective, batch_counts, micro_batches,
+                  reference_logps, scored_hidden, sequence_logps, token_logps, tree_rewards)
+from train import Log, accumulate_gradient
 from training.checkpoint import trainable
 from ulma import response_logps
 
@@ -32,15 +33,19 @@ def gradient(trees, name, shares=None, dtype=torch.float64, **settings):
 # ---- the same in the plain way ------------------------------------------------------------------
 
 def plain_pair_losses(name, trees, policy, reference):
-    """Of "dpo" and "reward_model": [P]."""
+    """Of the methods that train on pairs: [P]."""
     pairs, first = [], 0
     for tree in trees:
         pairs += [(first + i, first + j) for i, j in tree.pairs]
         first += len(tree.scores)
     i, j = torch.tensor(pairs).T
     margins = policy[i] - policy[j]
+    if name == "ipo":
+        return (margins - reference[i] + reference[j] - 1 / 0.6) ** 2
     if name == "dpo":
         margins = 0.3 * (margins - reference[i] + reference[j])
+    if name == "simpo":                                      # of length averages; gamma 0.15
+        margins = 0.3 * margins - 0.15
     return -torch.log(torch.sigmoid(margins))
 
 
@@ -57,6 +62,8 @@ def plain_losses(name, trees, policy, reference):
     return {
         "sft": -policy, "unlearning": policy, "unlikelihood": (1 - 2 * z) * policy,
         "pointwise_dpo": -z * torch.log(sigmoid(h)) - (1 - z) * torch.log(1 - sigmoid(h)),
+        "bco": -z * torch.log(sigmoid(h)) - (1 - z) * torch.log(1 - sigmoid(h)),
+        "kto": z * (1 - sigmoid(h)) + (1 - z) * sigmoid(h),
         "pointwise_mse": (z - h) ** 2,
         "ulma": -z * policy - (1 - z) * torch.log(1 - sigmoid(h)),
         "ulma_mse": (z - h) ** 2 - (z == 1) * policy,
@@ -81,7 +88,7 @@ def plain_gradient(trees, name, reduction, mean_logps):
         hidden = plain_hidden(base | trained, config, [p + y for p, y in examples], scaling=2.0)
         last = torch.stack([row[len(p + y) - 1] for row, (p, y) in zip(hidden, examples)])
         policy = last @ trained["score.weight"][0]
-    if mean_logps:
+    if mean_logps or name == "simpo":
         lengths = torch.tensor([len(ids) for _, ids in examples], dtype=torch.float64)
         policy, reference = policy / lengths, reference / lengths
     losses = plain_losses(name, trees, policy, reference)
@@ -107,7 +114,7 @@ def test_every_method_equals_the_plain_padded_implementation(name):
     torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ulma", "pointwise_dpo", "unlikelihood"])
+@pytest.mark.parametrize("name", ["ulma", "pointwise_dpo", "unlikelihood", "kto"])
 def test_the_authors_reductions_equal_the_plain_implementation(name):
     # --logp_reduction mean --reduction class, with class counts of the whole batch
     trees = make_trees()
@@ -118,8 +125,8 @@ def test_the_authors_reductions_equal_the_plain_implementation(name):
     torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ulma", "dpo", "ulma_mse", "d2o", "reward_model",
-                                  "mse_reward_model"])
+@pytest.mark.parametrize("name", ["ulma", "dpo", "ipo", "simpo", "kto", "ulma_mse", "d2o",
+                                  "reward_model", "mse_reward_model"])
 @pytest.mark.parametrize("reduction", ["mean", "class"])
 def test_packing_micro_batches_and_sharing_change_nothing(name, reduction):
     trees = usable(make_trees(), METHODS[name].trains_on)
@@ -155,7 +162,7 @@ def test_shares_of_ranks_sum_to_the_whole_batch(world_size):
 
 def test_gloo_ranks_with_skewed_classes_give_the_gradient_of_one_process(tmp_path):
     # Per-rank class means would be off by tens of percent here; rank 2 of 3 has no tree at all.
-    names = ("ulma", "reward_model", "pointwise_reward_model")
+    names = ("ulma", "simpo", "kto", "reward_model", "pointwise_reward_model")
     run_ranks(tmp_path, f"""
 from training.ranks import all_reduce_gradients_
 found = []
@@ -306,11 +313,34 @@ def test_at_the_start_policy_equals_reference_to_the_bit():
 def test_metrics_file_is_json_lines_of_known_keys(tmp_path):
     # metrics come from sums and counts, so a key is absent (not NaN) where its count is 0
     log = Log(str(tmp_path), logging_steps=1, first=0, total_steps=2)
-    sums = [3.0, 2.0, 0.0, 0.0, -8.0, 4.0, 0.0, 0.0, 1.0, 2.0]
+    sums = [3.0, 2.0, 0.0, 0.0, -8.0, 4.0, 0.0, 0.0, 1.0, 2.0, 6.0, 2.0]
     log.add(1, [0.5, 100.0, *sums], 0.1, 1e-3)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["loss"] == 0.5 and line["tokens"] == 100
-    assert [line.get(key) for key in METRICS] == [1.5, None, -2.0, None, 0.5]
+    assert [line.get(key) for key in METRICS] == [1.5, None, -2.0, None, 0.5, 3.0]
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "reward_model", "pointwise_dpo", "sft"])
+def test_accuracies_and_margins_are_those_of_the_pairs_rewards(name):
+    # beta times the log-ratio; SimPO's reward is beta times the mean log-prob; a policy trained
+    # without either has no reward at all.
+    trees, model = make_trees(), make_model(score_head=METHODS[name].reward_model)
+    totals = backward(model, trees, name, beta=0.3, compute=Compute(micro_tokens=40)).tolist()
+    found = {key: totals[2 + 2 * n:4 + 2 * n] for n, key in enumerate(METRICS)}
+    if name == "sft":
+        assert found["rewards/accuracies"] == found["rewards/margins"] == [0.0, 0.0]
+        return
+    if name == "reward_model":
+        rewards = tree_rewards(model, trees)
+    else:
+        with torch.no_grad(), lora_disabled(model) as reference:
+            zero = sequence_logps(reference, build_stream(trees))
+        mean = name == "simpo"
+        rewards = 0.3 * (sequence_logps(model, build_stream(trees), mean) - (0 if mean else zero))
+    chosen, rejected = rewards[build_stream(trees).pairs].detach().T
+    expected = [(chosen > rejected).sum(), (chosen - rejected).sum()]
+    for key, value in zip(("rewards/accuracies", "rewards/margins"), expected, strict=True):
+        assert found[key] == pytest.approx([float(value), len(chosen)], rel=1e-9)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "class"])
@@ -327,3 +357,21 @@ def test_a_micro_batch_reads_nothing_back_from_the_device(name, reduction):
                       compute=Compute(device="meta", micro_tokens=60))
     assert totals.device.type == "meta"
     assert all(p.grad.device.type == "meta" for p in trainable(model).values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_micro_batch_copies_no_number_from_the_host(name):
+    # loss.new_tensor(5) on a GPU copies from memory that is not pinned, which waits for the device
+    # too; here it shows as lift_fresh. Streams are prepared before: they are copied from pinned
+    # memory.
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function != torch.ops.aten.lift_fresh.default, "a number of the host"
+            return function(*args, **kwargs or {})
+    method = METHODS[name]
+    model = make_model(torch.float32, score_head=method.reward_model)
+    trees = usable(make_trees(), method.trains_on)
+    streams = list(micro_batches(trees, method, Compute(micro_tokens=60)))
+    with Refuse():
+        accumulate_gradient(model, partial(lora_disabled, model), streams, batch_counts(trees),
+                            Objective(method, alpha=0.1), Compute())

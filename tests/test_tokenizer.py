@@ -1,13 +1,15 @@
 """The Vicuna template byte for byte, and token ids as transformers gives them, for any text."""
 import hashlib
 import json
+import shutil
 
 import pytest
 import sentencepiece
+from conftest import TINY_VOCAB
 
 from data import VICUNA_SYSTEM, Tokenizer, encode_dialogue, read_dataset, render_dialogue
 from packing import make_trees
-from tokenizer import TOKENIZER_FILES, copy_tokenizer
+from tokenizer import save_tokenizer
 
 STRANGE = ["plain words", "  two spaces first", "new\nline\n\n", "tab\tand\r\n", "</s>",
            "<s>[INST]", "a </s> b", "</s></s>", "<unk>", "<0x0A>", "émoji 😀👩\u200d👧",
@@ -73,14 +75,14 @@ def test_ids_equal_those_of_transformers(shared_data, legacy, suffix):
         assert prompt_ids + response_ids == row["full_ids" + suffix]
 
 
-def test_legacy_is_what_tokenizer_config_says(tmp_path, tiny_tokenizer):
-    # A user's folder decides, so training, evaluation and other tools agree without a flag; an
-    # argument wins; a text in its place is no switch (bool("false") is True).
+def test_legacy_is_what_the_folders_files_say(tmp_path, tiny_tokenizer):
+    # So training, evaluation and other tools agree without a flag; an argument wins; a text in its
+    # place is no switch (bool("false") is True). transformers reads a tokenizer.json first.
     def legacy_of(config, **options):
         (tmp_path / "tokenizer_config.json").write_text(config)
         return Tokenizer(str(tmp_path), **options).legacy
 
-    copy_tokenizer(Tokenizer(tiny_tokenizer), str(tmp_path))
+    shutil.copy(tiny_tokenizer, tmp_path)
     assert Tokenizer(str(tmp_path)).legacy is False
     assert legacy_of('{"legacy": true}') is True
     assert legacy_of('{"legacy": true}', legacy=False) is False
@@ -89,20 +91,131 @@ def test_legacy_is_what_tokenizer_config_says(tmp_path, tiny_tokenizer):
                           ("{", "not JSON: Expecting")):
         with pytest.raises(ValueError, match=f"tokenizer_config.json: {words}"):
             legacy_of(config)
+    for pipeline, legacy in (({"normalizer": {"type": "Prepend", "prepend": "▁"}}, True),
+                             ({"pre_tokenizer": {"prepend_scheme": "first"}}, False),
+                             ({"pre_tokenizer": {"prepend_scheme": "always"}}, True),
+                             ({"pre_tokenizer": {"add_prefix_space": True}}, True)):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(pipeline | {"model": {"type": "BPE"}}))
+        assert legacy_of(json.dumps({"legacy": not legacy})) is legacy
 
 
-def test_every_tokenizer_file_is_copied(tmp_path, tiny_tokenizer):
-    # A folder without tokenizer.model is the converters' first complaint; other files stay behind.
+# ---- added tokens -------------------------------------------------------------------------------
+
+@pytest.fixture
+def with_added(tmp_path, tiny_tokenizer):
+    """A SentencePiece folder with a ChatML end, a padding token and a word as added tokens."""
+    shutil.copy(tiny_tokenizer, tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(
+        {"<|im_start|>": TINY_VOCAB, "<|im_end|>": TINY_VOCAB + 1, "<word>": TINY_VOCAB + 3}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        str(TINY_VOCAB + 1): {"content": "<|im_end|>", "special": True}}, "eos_token": {
+        "content": "<|im_end|>", "special": True}, "model_max_length": 10 ** 30}))
+    return tmp_path
+
+
+def test_tokens_added_to_a_sentencepiece_model(with_added):
+    # As in transformers: a special one is never in a text, another one is. One id has no piece.
+    tokenizer = Tokenizer(str(with_added))
+    assert tokenizer.eos_ids == (TINY_VOCAB + 1,) and tokenizer.vocab_size == TINY_VOCAB + 4
+    assert tokenizer.unused_ids(TINY_VOCAB + 6) == [TINY_VOCAB + i for i in (2, 4, 5)]
+    with pytest.raises(ValueError, match=f"has {TINY_VOCAB + 4} pieces, .* only {TINY_VOCAB} rows"):
+        tokenizer.unused_ids(TINY_VOCAB)
+    text = "a <word>boat<|im_end|><|im_start|>"
+    ids = tokenizer.encode(text)
+    assert ids.count(TINY_VOCAB + 3) == 1 and TINY_VOCAB + 1 not in ids
+    assert TINY_VOCAB in ids                             # no special one, and no template writes it
+    assert tokenizer.decode([*ids, TINY_VOCAB + 1, TINY_VOCAB + 2]) == text
+    prompt_ids, response_ids = encode_dialogue(tokenizer, [("Human", text), ("Assistant", text)])
+    assert (prompt_ids + response_ids).index(TINY_VOCAB + 1) == len(prompt_ids + response_ids) - 1
+
+
+def test_added_tokens_that_are_none_are_refused(with_added):
+    # Ids of pieces, ids that are no number, a list: each file is named.
+    for name, value, words in (
+            ("added_tokens.json", {"<x>": 5}, "added tokens <x> have ids of its pieces"),
+            ("added_tokens.json", {"<x>": True}, "added_tokens.json: .* is no added token"),
+            ("added_tokens.json", {"<x>": -1}, "added_tokens.json: .* is no added token"),
+            ("added_tokens.json", ["<x>"], "added_tokens.json: not a JSON object"),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "no object of ids"),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"9": {}}}, "is no added token"),
+            ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5; expected a text")):
+        kept = (with_added / name).read_text()
+        (with_added / name).write_text(json.dumps(value))
+        with pytest.raises(ValueError, match=words):
+            Tokenizer(str(with_added))
+        (with_added / name).write_text(kept)
+
+
+# ---- where an answer ends -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, generation, eos_ids, notes", [
+    (None, None, (2,), []),
+    (2, None, (2,), []),
+    ([2], [2, 5], (2, 5), []),
+    ([9, 2], None, (2, 9), []),                          # all ids of a list that has ours
+    ([9, 2], [2, 7, TINY_VOCAB + 1], (2, 7, 9), []),     # but not those without a piece
+    (1, None, (2,), ["/config.json: eos_token_id is [1], but here answers end in [2] ('</s>')"]),
+    (None, [7, 9], (2,), ["generation_config.json: eos_token_id is [7, 9]"]),
+    (True, ["</s>"], (2,), []),
+])
+def test_one_rule_for_where_an_answer_ends(config, generation, eos_ids, notes, tmp_path,
+                                           tiny_tokenizer):
+    # The tokenizer's id is what training puts there; a list beside it adds ends, never replaces it.
+    shutil.copy(tiny_tokenizer, tmp_path)
+    for name, value in (("config.json", config), ("generation_config.json", generation)):
+        if value is not None:
+            (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    tokenizer = Tokenizer(str(tmp_path))
+    assert tokenizer.eos_ids == eos_ids and tokenizer.eos_id == 2
+    assert len(tokenizer.notes) == len(notes)
+    assert all(words in note for words, note in zip(notes, tokenizer.notes, strict=True))
+    assert encode_dialogue(tokenizer, [("Assistant", "a")])[1][-1] == 2
+
+
+# ---- files for other programs -------------------------------------------------------------------
+
+def test_what_is_saved_is_read_again(tmp_path, with_added):
+    # A folder without tokenizer.model is the converters' first complaint. What this one has of its
+    # own that is no tokenizer's stays behind, and so does a template that was not trained on.
+    (with_added / "chat_template.jinja").write_text("[INST] {{ messages[0]['content'] }}")
+    settings = json.loads((with_added / "tokenizer_config.json").read_text())
+    (with_added / "tokenizer_config.json").write_text(json.dumps(settings | {
+        "chat_template": "[INST]", "secret": "mine", "auto_map": {"AutoTokenizer": "code.py"}}))
+    target = tmp_path / "to"
+    target.mkdir()
+    ours = Tokenizer(str(with_added), chat_template="vicuna")
+    save_tokenizer(ours, str(target))
+    assert {file.name for file in target.iterdir()} == {
+        "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "chat_template.jinja"}
+    model, copy = (folder / "tokenizer.model" for folder in (with_added, target))
+    assert copy.read_bytes() == model.read_bytes()
+    written = json.loads((target / "tokenizer_config.json").read_text())
+    assert "INST" not in str(written) and not {"secret", "auto_map"} & written.keys()
+    assert written["chat_template"] == (target / "chat_template.jinja").read_text()
+    again = Tokenizer(str(target))
+    assert again.chat_template == "vicuna" and again.template is None and not again.notes
+    assert again.vocabulary.ids == ours.vocabulary.ids
+    assert again.vocabulary.controls == ours.vocabulary.controls
+    assert again.eos_ids == ours.eos_ids
+
+
+def test_beside_a_model_the_ends_are_written(tmp_path, tiny_tokenizer):
+    # config.json said 1, the tokenizer 2, and a server would follow the first.
     source, target = tmp_path / "from", tmp_path / "to"
     source.mkdir(), target.mkdir()
-    copy_tokenizer(Tokenizer(tiny_tokenizer), str(source))
-    assert [file.name for file in source.iterdir()] == ["tokenizer.model"]
-    for name in (*TOKENIZER_FILES[1:], "config.json"):
-        (source / name).write_text("{}")
-    copy_tokenizer(Tokenizer(str(source)), str(target))
-    assert {file.name for file in target.iterdir()} == set(TOKENIZER_FILES)
-    assert (target / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    shutil.copy(tiny_tokenizer, source)
+    (source / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": [9, 2], "temperature": 0.3, "do_sample": True, "path": "/home/me"}))
+    (target / "config.json").write_text(json.dumps({"eos_token_id": 1, "hidden_size": 8}))
+    save_tokenizer(Tokenizer(str(source)), str(target))
+    assert json.loads((target / "config.json").read_text()) == {
+        "eos_token_id": [2, 9], "bos_token_id": 1, "hidden_size": 8}
+    assert json.loads((target / "generation_config.json").read_text()) == {
+        "eos_token_id": [2, 9], "bos_token_id": 1, "temperature": 0.3, "do_sample": True}
 
+
+# ---- text ---------------------------------------------------------------------------------------
 
 def test_prompt_ids_are_a_prefix_of_the_joint_ids_on_all_of_hh(hh_file, llama_tokenizer):
     # Encoding prompt and response apart usually differs from encoding them at once; here never.

@@ -22,19 +22,20 @@ from training.ranks import flushes_denormals
 from ulma import sft_loss
 
 
-# SFT trains with dropout (0.1): the masks must come out the same after a resume.
+# SFT trains with dropout (0.1): the masks must come out the same after a resume. A line every 2
+# steps and a checkpoint every 3: some lines average steps from before the resume and after it.
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_stopped_runs_end_with_the_same_adapter_bytes(tmp_path, tiny_model, pairs_file,
                                                                  ranks):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ("--method", "sft", "--num_train_epochs", "2")
+    flags = ("--method", "sft", "--num_train_epochs", "2", "--logging_steps", "2")
     finish(tiny_model, pairs_file, whole, *flags, ranks=ranks)
     rng = random.Random(ranks)
     for number, kind in enumerate((signal.SIGKILL, signal.SIGTERM)):
         process = subprocess.Popen(command(tiny_model, pairs_file, broken, *flags, ranks=ranks),
                                    cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
-        wait_for_lines(process, broken / "metrics.jsonl", 4 + 8 * number + rng.randint(0, 5))
+        wait_for_lines(process, broken / "metrics.jsonl", 2 + 4 * number + rng.randint(0, 2))
         if kind == signal.SIGTERM:
             process.terminate()                          # torchrun passes it on to its workers
         else:
@@ -109,11 +110,13 @@ def test_the_same_command_twice_gives_the_same_bits_and_bf16_and_full_weights_ru
     assert (tmp_path / "full/final/model.safetensors").exists()
 
 
-def test_a_non_finite_loss_stops_before_anything_is_updated(tmp_path, tiny_model, pairs_file):
+def test_a_non_finite_loss_stops_before_anything_is_updated(tmp_path, tiny_model, pairs_file,
+                                                            capsys):
     # (z - h)² with log_z = 1e30 is infinite in float32 at the first step.
-    with pytest.raises(FloatingPointError, match="this update was not made, and nothing was"):
+    with pytest.raises(SystemExit, match="2"):
         run_cli(lambda: finish(tiny_model, pairs_file, tmp_path / "run", "--method",
                                "pointwise_mse", "--log_z", "1e30"))
+    assert "this update was not made, and nothing was" in capsys.readouterr().err
     assert not checkpoints(str(tmp_path / "run")) and not (tmp_path / "run/final").exists()
 
 
@@ -134,7 +137,7 @@ def test_a_run_leaves_the_process_as_it_found_it(tmp_path, tiny_model, pairs_fil
         put_back = signal.signal(signal.SIGTERM, handler)
         try:
             before = state()
-            for method, error in (("sft", None), ("stopping", SystemExit), ("none", SystemExit),
+            for method, error in (("sft", None), ("stopping", SystemExit), ("none", ValueError),
                                   ("unlearning", ValueError)):
                 data = __file__ if error is ValueError else pairs_file
                 _, *argv = map(str, train_flags(tiny_model, data, tmp_path / "run", "--method",

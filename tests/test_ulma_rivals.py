@@ -1,4 +1,7 @@
-"""IPO, SimPO, KTO and BCO (ulma.py): by hand, finite differences, relations to point-wise DPO."""
+"""IPO, SimPO and KTO (ulma.py): by hand, finite differences, formulas, extremes.
+
+BCO is point-wise DPO with an estimated log_z: here with one, so that its formula is tested.
+"""
 import math
 
 import pytest
@@ -7,8 +10,7 @@ from conftest import assert_gradient_is_central_differences
 from torch import tensor
 from torch.testing import assert_close
 
-from ulma import (bco_loss, ipo_loss, kto_loss, kto_reference_point, pointwise_dpo_loss,
-                  simpo_loss)
+from ulma import ipo_loss, kto_loss, pointwise_dpo_loss, simpo_loss
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -17,8 +19,8 @@ LN2, LN3 = math.log(2), math.log(3)
 LOSSES = {
     "ipo": lambda p, r, z: ipo_loss(p[0::2], p[1::2], r[0::2], r[1::2], 0.1),
     "simpo": lambda p, r, z: simpo_loss(p[0::2] / 100, p[1::2] / 100, 2.0, 0.5),
-    "kto": lambda p, r, z: kto_loss(p, r, z, 2.0, 0.1, 1.5, 0.7),
-    "bco": lambda p, r, z: bco_loss(p, r, z, 0.4, 0.1),
+    "kto": lambda p, r, z: kto_loss(p, r, z, 0.1, log_z=-0.1 * 2.0),
+    "bco": lambda p, r, z: pointwise_dpo_loss(p, r, z, 0.1, log_z=-0.4),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -46,20 +48,11 @@ def test_simpo_by_hand():
 
 
 def test_kto_by_hand():
-    # beta (ρ - z0) = 0.1 (10 ln 3 + 5 - 5) = ln 3, σ = 3/4: good 1/4, bad 3/4, times their weights.
-    policy_logps, reference_logps = torch.full((2,), 10 * LN3 + 5 - 40), torch.full((2,), -40.0)
-    losses = kto_loss(policy_logps, reference_logps, tensor([1.0, 0.0]), 5.0, beta=0.1)
-    assert_close(losses, tensor([0.25, 0.75]))
-    losses = kto_loss(policy_logps, reference_logps, tensor([1.0, 0.0]), 5.0, 0.1, 2.0, 4.0)
-    assert_close(losses, tensor([0.5, 3.0]))
-
-
-def test_ktos_reference_point_is_a_detached_mean_that_is_not_negative():
-    # ρ = 3 and 1: 2; ρ = -3 and 1: 0. A gradient through it would pull on the mismatched responses.
-    policy_logps = tensor([-7.0, -9.0], requires_grad=True)
-    point = kto_reference_point(policy_logps, tensor([-10.0, -10.0]))
-    assert point.item() == 2 and point.shape == () and not point.requires_grad
-    assert kto_reference_point(tensor([-13.0, -9.0]), tensor([-10.0, -10.0])).item() == 0
+    # beta (ρ - z0) = 0.1 (10 ln 3 + 5 - 5) = ln 3, σ = 3/4: good 1/4, bad 3/4, between 1/2.
+    policy_logps, reference_logps = torch.full((3,), 10 * LN3 + 5 - 40), torch.full((3,), -40.0)
+    losses = kto_loss(policy_logps, reference_logps, tensor([1.0, 0.0, 0.5]), beta=0.1,
+                      log_z=-0.1 * 5.0)
+    assert_close(losses, tensor([0.25, 0.75, 0.5]))
 
 
 # ---- finite differences, formulas, extremes -----------------------------------------------------
@@ -87,7 +80,7 @@ def test_losses_equal_their_formula_written_with_exponentials(loss):
         expected += {
             "ipo": [(chosen - rejected - 5) ** 2],
             "simpo": [-log(sigma(2 * (p[i] / 100 - p[i + 1] / 100) - 0.5))],
-            "kto": [1.5 * (1 - sigma(0.1 * (chosen - 2))), 0.7 * (1 - sigma(0.1 * (2 - rejected)))],
+            "kto": [1 - sigma(0.1 * (chosen - 2)), 1 - sigma(0.1 * (2 - rejected))],
             "bco": [-log(sigma(0.1 * chosen - 0.4)), -log(sigma(0.4 - 0.1 * rejected))]}[name]
     assert_close(loss(policy, reference, scores), tensor(expected, dtype=torch.float64),
                  rtol=1e-9, atol=0)
@@ -112,18 +105,10 @@ def test_losses_are_per_row_and_an_empty_batch_gives_none(loss):
     assert loss(empty, empty, empty).shape == (0,)
 
 
-# ---- relations (METHODS section 4) --------------------------------------------------------------
-
-def test_bco_with_a_fixed_delta_is_pointwise_dpo_with_minus_delta():
-    policy_logps, reference_logps, scores = random_batch(seed=3)
-    assert torch.equal(bco_loss(policy_logps, reference_logps, scores, 0.7, 0.1),
-                       pointwise_dpo_loss(policy_logps, reference_logps, scores, 0.1, log_z=-0.7))
-
-
 def test_losses_at_the_reference():
     # ρ = 0: BCO log 2, KTO 1/2, IPO 1 / (4 tau²).
     logps, other = tensor([-3.0, -50.0]), tensor([-4.0, -20.0])
     scores = tensor([1.0, 0.0])
-    assert_close(bco_loss(logps, logps, scores, 0.0, 0.1), tensor([LN2] * 2))
-    assert_close(kto_loss(logps, logps, scores, 0.0, 0.1), tensor([0.5] * 2))
+    assert_close(pointwise_dpo_loss(logps, logps, scores, 0.1), tensor([LN2] * 2))
+    assert_close(kto_loss(logps, logps, scores, 0.1), tensor([0.5] * 2))
     assert_close(ipo_loss(logps, other, logps, other, 0.5), tensor([1.0] * 2))

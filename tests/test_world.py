@@ -1,10 +1,15 @@
 """The embedded world: its answers, its labels, and the name of its folder."""
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import ROOT
 
 import world
 from world import (BAD_VERBS, GOOD_VERBS, OBJECTS, answers, draw_data, held_out_prompts, prompts,
@@ -82,3 +87,72 @@ def test_comments_and_wording_leave_the_worlds_name():
 def test_another_world_has_another_name(before, after):
     assert SOURCE.count(before) == 1
     assert digest_of(SOURCE.replace(before, after)) != "45ca539c"
+
+
+# ---- the base's training ------------------------------------------------------------------------
+
+CHILD = """
+import signal, sys, time
+def save(number, frame):
+    print("signal", number, flush=True)
+    time.sleep(0.3)                          # a second signal would come in this time
+    print("saved", flush=True)
+    sys.exit(7)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import os, sys, world
+sys.exit(world.run_child([sys.executable, "-c", {CHILD!r}], os.environ))
+"""
+
+
+@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_reaches_the_base_training_once_and_it_is_waited_for(number, to_all):
+    # A terminal sends Ctrl-C to all processes of its group, `kill` to one. Before, the training was
+    # killed before it had saved, and the parent ended in a traceback.
+    process = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    assert process.communicate(timeout=30)[0] == f"signal {int(number)}\nsaved\n"
+    assert process.returncode == 7
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch):
+    """A folder for a world whose data take no time; its base's training is `train_base` alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(world, "draw_data", lambda *_: {"points": []})
+    monkeypatch.setattr(world, "BASE_ROUNDS", 1)
+    monkeypatch.setattr(world, "BASE_DRAWS", 1)
+    monkeypatch.setattr(world, "train_tokenizer", lambda folder, texts: None)
+    monkeypatch.setattr(world, "write_random_model", lambda folder: None)
+    return Path(world.world_folder())
+
+
+def test_a_training_of_the_base_that_was_interrupted_goes_on_where_it_is(small_world, monkeypatch):
+    codes, built = [130, -9, 0], []
+    monkeypatch.setattr(world, "run_child", lambda *_: codes.pop(0))
+    monkeypatch.setattr(world, "write_world", lambda *args, write=world.write_world: (
+        write(*args), built.append(args), os.makedirs(small_world / "base"),
+        (small_world / "base/args.json").write_text("{}")))
+    with pytest.raises(SystemExit) as left:
+        world.ensure_world()
+    assert left.value.code == 130
+    with pytest.raises(ChildProcessError, match="ended by signal 9; the same command continues it"):
+        world.ensure_world()
+    world.ensure_world()
+    assert len(built) == 1 and not codes and not (small_world / ".lock").exists()
+
+
+def test_one_process_builds_the_world(small_world, monkeypatch):
+    def another_comes(*_):
+        with pytest.raises(ValueError, match=rf"{small_world} is in use by process {os.getpid()} "):
+            world.ensure_world()
+        return 0
+    monkeypatch.setattr(world, "run_child", another_comes)
+    world.ensure_world()

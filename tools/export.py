@@ -5,22 +5,24 @@
 W + Σ scaling · B A is formed in float32, layer by layer, and rounded once to --dtype. Memory: one
 copy of the model in --dtype and one layer in float32, so 7 B weights in bfloat16 fit 24 GiB. The
 written folder is loaded again, and its logits are compared with those of the model with adapters.
+Its chat template is the one that the adapters were trained on, whatever the model's folder has.
 """
-import argparse
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import math
 import os
-import shutil
 
 import torch
 from torch import Tensor
 
-from data import Tokenizer, encode_dialogue
-from files.cli import Help, run_cli
-from files.text import write_folder, write_json
+from files.cli import Help, Parser, run_cli
+from files.text import write_folder
 from lora import merge_lora, start_from_adapter, updated_layers, weight_update
-from model import Llama, LlamaConfig, linear, load_llama, save_llama
-from tokenizer import copy_tokenizer
-from training.checkpoint import check_order
+from model import Llama, linear, load_llama, save_llama
+from tokenizer import encode_dialogue, save_tokenizer
+from training.checkpoint import check_order, tokenizer_after
 
 PROBE = [("Human", "How do I fix a flat tire?")]
 # Largest difference of logits, relative to the largest logit, that another order of sums explains.
@@ -54,16 +56,6 @@ def rounding_loss(model: Llama) -> tuple[float, float]:
     return math.sqrt(squared_error / squared_size), num_unchanged / num_updated
 
 
-def write_generation_config(source: str, folder: str, config: LlamaConfig) -> None:
-    """The base model's generation_config.json, or a new one with the ids of BOS and EOS."""
-    file = os.path.join(source, "generation_config.json")
-    if os.path.isfile(file):
-        shutil.copy(file, folder)
-    else:
-        write_json(os.path.join(folder, "generation_config.json"),
-                   {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
-
-
 def check_logits(written: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError if logits [T, V] differ by more than the order of sums explains."""
     difference, limit = (written - expected).abs().max(), TOLERANCE[dtype] * expected.abs().max()
@@ -72,20 +64,21 @@ def check_logits(written: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
                          f"{limit:.2g} is rounding); the export was not finished")
 
 
-def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype) -> None:
+def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype,
+           chat_template: str | None = None) -> None:
     """Write `out`: the model of `model_path` with all adapters merged, in their order.
 
+    chat_template   see `tokenizer.Tokenizer`; None: the one that the adapters were trained on
     raises  ValueError or OSError, one sentence, for input that does not fit; `out` is then left
             as it was
     """
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise ValueError(f"{out} is there already and not empty; choose another --out")
     check_order(adapters)
-    tokenizer, model = Tokenizer(model_path), load_llama(model_path, dtype)
-    rows, pieces = model.config.vocab_size, tokenizer.vocab_size
-    if rows < pieces:
-        raise ValueError(f"{tokenizer.file} has {pieces} pieces, the embedding of {model_path} "
-                         f"only {rows} rows")
+    tokenizer = tokenizer_after(model_path, adapters, chat_template)
+    model = load_llama(model_path, dtype)
+    unused = tokenizer.unused_ids(model.config.vocab_size)
+    tokenizer.print_notes()
     input_ids, _ = encode_dialogue(tokenizer, PROBE)
     base = logits_of(model, input_ids)                                           # [T, V]
     for adapter in adapters:
@@ -96,8 +89,7 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype) -
 
     def write(folder: str) -> None:
         save_llama(model, folder)
-        copy_tokenizer(tokenizer, folder)
-        write_generation_config(model_path, folder, model.config)
+        save_tokenizer(tokenizer, folder)
         model.to("meta")                    # frees its weights: never two copies
         written = logits_of(load_llama(folder, dtype), input_ids)
         # rounded weights are another model: expect what was merged in memory, rounded as well
@@ -117,22 +109,25 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype) -
     if dtype != torch.float32:
         print(f"rounding to {str(dtype)[6:]} took {lost:.1%} of the update's norm and left "
               f"{unchanged:.1%} of the entries it changes as they were")
-    if rows > pieces:
-        print(f"note: {rows} embedding rows, {pieces} pieces in tokenizer.model; llama.cpp wants "
-              "the rest named in added_tokens.json")
+    if unused:
+        print(f"note: {len(unused)} rows of the embedding have no piece in {tokenizer.file}; "
+              "llama.cpp wants them named in added_tokens.json")
+    print(f"chat template: {tokenizer.chat_template}; answers end in {list(tokenizer.eos_ids)}")
     print(f"done: {out}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", required=True, help="Hugging Face Llama folder, with tokenizer")
     parser.add_argument("--adapter", required=True, nargs="+",
                         help="PEFT folders, in the order they were trained")
     parser.add_argument("--out", required=True, help="folder to write; new or empty")
+    parser.add_argument("--chat_template", help="vicuna, model or a jinja file (default: what the "
+                                                "adapters were trained on)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of the weights written")
     args = parser.parse_args(argv)
-    export(args.model, args.adapter, args.out, getattr(torch, args.dtype))
+    export(args.model, args.adapter, args.out, getattr(torch, args.dtype), args.chat_template)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ first records that a run held out, or those of --dataset; on the world, each pro
 of highest and lowest true reward. The page is one file without scripts; hold the pointer over a
 token for its numbers.
 """
-import argparse
+if __name__ == "__main__":
+    from files.cli import catch_interrupts
+    catch_interrupts()
+
 import codecs
 import html
 import os
@@ -18,12 +21,13 @@ from dataclasses import dataclass
 import torch
 
 from data import Record, Tokenizer
-from files.cli import Help, check_ranges, run_cli
+from files.cli import Help, Parser, check_ranges, run_cli
+from files.cli import visible as escaped
 from files.text import write_text
 from model import Llama
 from packing import Tree, build_stream, make_trees
 from step import Reference, token_logps
-from training.checkpoint import held_out_records, load_run
+from training.checkpoint import held_out_records, load_run, run_tokenizer
 from world import answers, held_out_prompts, on_world, question
 
 LESS, NEITHER, MORE = (90, 160, 230), (235, 235, 235), (245, 140, 50)    # red, green, blue
@@ -50,31 +54,32 @@ class Response:
 
 # ---- text ---------------------------------------------------------------------------------------
 
-def join_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, int]]:
-    """(text, number of ids) of every token; byte tokens are joined to whole characters.
-
-    Bytes that are no character become U+FFFD. "▁" is SentencePiece's space.
-    """
+def ends_inside(raw: bytes) -> bool:
+    """Whether bytes end inside a character of UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts, num_waiting = [], 0                           # byte tokens without a text so far
-    for token in [*ids, None]:                           # None: the end
-        is_byte = token is not None and tokenizer.pieces.is_byte(token)
-        piece = "" if token is None else tokenizer.pieces.id_to_piece(token)     # "<0x0A>", "▁the"
-        text = decoder.decode(bytes([int(piece[1:-1], 16)]) if is_byte else b"", not is_byte)
-        num_incomplete = len(decoder.getstate()[0])      # bytes at the end that begin a character
-        num_waiting += is_byte
-        if text:
-            texts.append((text, num_waiting - num_incomplete))
-            num_waiting = num_incomplete
-        if token is not None and not is_byte:
-            texts.append((piece.replace("▁", " "), 1))
-    return texts
+    decoder.decode(raw)
+    return bool(decoder.getstate()[0])
+
+
+def join_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, int]]:
+    """(text, number of ids) of every token; tokens that share a character are joined.
+
+    Bytes that are no character become U+FFFD.
+    """
+    groups = []                                          # [bytes, number of ids]
+    for token in ids:
+        piece = tokenizer.token_bytes(token)
+        goes_on = b"\x80" <= piece[:1] < b"\xc0"         # a character's second byte, or later
+        if groups and goes_on and ends_inside(groups[-1][0]):
+            groups[-1] = [groups[-1][0] + piece, groups[-1][1] + 1]
+        else:
+            groups.append([piece, 1])
+    return [(raw.decode("utf-8", "replace"), count) for raw, count in groups]
 
 
 def visible(text: str) -> str:
     """Text with line ends marked and unprintable characters, such as terminal codes, escaped."""
-    return "".join("↵\n" if char == "\n" else char if char.isprintable()
-                   else char.encode("unicode_escape").decode() for char in text)
+    return escaped(text, "\n").replace("\n", "↵\n")
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ def run_responses(path: str, dataset: str | None, beta: float | None,
         records = best_and_worst(held_out_prompts())
     else:
         _, records = held_out_records(path, flags, dataset)
-    tokenizer = Tokenizer(flags["model_name_or_path"])
+    tokenizer = run_tokenizer(path, flags)
     trees = make_trees(records[:first], tokenizer, "all", flags["max_length"],
                        flags["max_prompt_length"])
     beta = flags["beta"] if beta is None else beta
@@ -254,7 +259,7 @@ def page(runs: dict[str, list[Response]]) -> str:
 # ---- the command --------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     parser.add_argument("runs", nargs="+", help="output folders of train.py")
     parser.add_argument("--html", help="also write a page to this file")
     parser.add_argument("--dataset", help="show records of this file, not what the run held out")

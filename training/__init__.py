@@ -1,1 +1,1 @@
-"""The life of a run, above the step: ranks, checkpoints, log-probs that are computed once."""
+"""Around the step: setup, ranks, checkpoints, reference log-probs computed once."""

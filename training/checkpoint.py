@@ -1,18 +1,17 @@
 """What a run leaves on disk: whole or absent, and enough to continue to the same bits.
 
-    OUT/args.json          every flag, and the SHA-256 of the data; written first
+    OUT/.lock              while a process writes here: which one, see files/lock.py
+    OUT/args.json          every flag, and fingerprints of all inputs; written first
     OUT/metrics.jsonl      one JSON object per logged step
     OUT/checkpoint-N/      adapter (or model), optimizer.safetensors, trainer_state.json; of PPO,
                            which trains two adapters: trained.safetensors instead
-    OUT/final/             the result: a PEFT adapter, or a Hugging Face model
+    OUT/final/             the result: a PEFT adapter, or a Hugging Face model; manifest.json
 
 Nothing random is stored: data order and dropout are functions of (seed, step, rank).
 """
 import argparse
-import json
 import os
 import re
-import shutil
 import signal
 import sys
 from contextlib import nullcontext
@@ -22,97 +21,26 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from data import Record, read_dataset, split_by_prompt
-from files.text import read_json, sha256, whole_lines, write_folder, write_json, write_text
-from lora import (adapter_tensors, add_score_head, load_adapter, lora_disabled, save_adapter,
-                  start_from_adapter)
+from files.folders import what_it_is
+from files.lock import holds
+from files.manifest import FINAL, check_final, read_manifest, write_manifest
+from files.text import check_keys, read_json, remove_folder, sha256, write_folder
+from files.weights import save_tensors
+from lora import (adapter_tensors, add_score_head, load_adapter, lora_disabled,
+                  read_adapter_config, save_adapter, start_from_adapter)
 from model import Llama, load_llama, save_llama
 from step import Reference
-from tokenizer import Tokenizer, copy_tokenizer
+from tokenizer import Tokenizer, save_tokenizer
+from training.output import LOCK, rewind_metrics
 from training.ranks import Ranks
 
 
-# ---- the output folder --------------------------------------------------------------------------
-
-# Flags that may change between a run and its continuation: they change no number.
-FREE_FLAGS = {"output_dir", "overwrite_output_dir", "logging_steps", "save_steps",
-              "save_total_limit"}
-
-
-def changed_flags(file: str, flags: dict) -> str:
-    """What differs from the flags stored in a file, in words; "" if nothing does."""
-    before = read_json(file)
-    return "; ".join(f"{key} was {before.get(key)!r}, now {flags[key]!r}" for key in flags
-                     if key not in FREE_FLAGS and before.get(key) != flags[key])
-
-
-def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
-    """Create the run folder, or check that it belongs to this run: a killed run with the same flags
-    is continued.
-
-    raises  ValueError if it holds a finished run, a run with other flags (each named), or
-            anything that is no run at all
-    """
-    file = os.path.join(path, "args.json")
-    if overwrite and os.path.isfile(file):
-        shutil.rmtree(path)                              # only ever a folder that was a run
-    if os.path.isfile(file):
-        if changed := changed_flags(file, flags):
-            raise ValueError(f"{path} holds a run with other flags ({changed}); choose another "
-                             "--output_dir, or pass --overwrite_output_dir")
-        if os.path.isdir(os.path.join(path, "final")):
-            raise ValueError(f"{path} holds a finished run; choose another --output_dir, or pass "
-                             "--overwrite_output_dir")
-        return
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise ValueError(f"{path} is a file; choose another --output_dir")
-    if os.path.isdir(path) and os.listdir(path):
-        raise ValueError(f"{path} is not empty and holds no run of train.py; choose another "
-                         "--output_dir")
-    os.makedirs(path, exist_ok=True)
-    write_json(file, flags)
-
-
-def claim_file(out: str, flags: dict, batch_size: int, total: int, overwrite: bool) -> int:
-    """Create the file of a generate.py command, or check that it belongs to the command.
-
-    OUT.args.json stores the flags. Whole batches stay; what a kill left of the last one goes.
-    returns  the number of rows it has
-    raises   ValueError if the file is another command's
-    """
-    flags_file = out + ".args.json"
-    if os.path.exists(out) and not overwrite:
-        if not os.path.isfile(flags_file):
-            raise ValueError(f"{out} exists and was not written by this command; choose another "
-                             "--out, or pass --overwrite")
-        if changed := changed_flags(flags_file, flags):
-            raise ValueError(f"{out} was written with other flags ({changed}); choose another "
-                             "--out, or pass --overwrite")
-        rows = whole_lines(out)
-        done = len(rows) if len(rows) >= total else len(rows) - len(rows) % batch_size
-        write_text(out, "".join(rows[:done]))
-        return done
-    open(out, "wb").close()               # first: a kill in between must not leave old rows
-    write_json(flags_file, flags)
-    return 0
-
-
-def write_metrics(path: str, line: dict) -> None:
-    """Append a line to metrics.jsonl."""
-    with open(os.path.join(path, "metrics.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def rewind_metrics(path: str, step: int) -> None:
-    """Drop the lines of metrics.jsonl past `step`: they will be written again."""
-    file = os.path.join(path, "metrics.jsonl")
-    if os.path.isfile(file):
-        write_text(file, "".join(line for line in whole_lines(file)
-                                 if json.loads(line)["step"] <= step))
+STATE = "trainer_state.json"
 
 
 # ---- which model a run starts from --------------------------------------------------------------
@@ -126,16 +54,41 @@ def base_name(args: argparse.Namespace) -> str:
 def starts_from(adapter: str) -> str | None:
     """The SFT adapter that the run which wrote the folder `adapter` started from, if it did."""
     file = os.path.join(os.path.dirname(os.path.abspath(adapter)), "args.json")
-    return read_json(file).get("sft_adapter") if os.path.isfile(file) else None
+    if not os.path.isfile(file):
+        return None
+    return read_json(file, {"sft_adapter": str | None}).get("sft_adapter")
 
 
 def check_order(adapters: list[str]) -> None:
-    """Raise ValueError if one was trained on top of an adapter that does not stand before it."""
+    """Raise ValueError or OSError for what is no adapter of a policy, and for one that was trained
+    on top of an adapter that does not stand before it."""
     for before, adapter in zip([None, *adapters], adapters):
+        read_adapter_config(adapter, has_head=False)
         first = starts_from(adapter)
         if first and os.path.abspath(first) != os.path.abspath(before or ""):
             raise ValueError(f"{adapter} was trained on top of {first}; pass --adapter {first} "
                              f"{adapter}")
+
+
+def trained_template(final: str) -> str | None:
+    """The chat template, as Tokenizer takes it, that the model or adapter in a run's final/ was
+    trained on; None for another folder."""
+    file = os.path.join(os.path.dirname(os.path.abspath(final)), "args.json")
+    if not os.path.isfile(file):
+        return None
+    name = read_json(file, {"chat_template": str | None}).get("chat_template") or "vicuna"
+    return name if name == "vicuna" else os.path.join(final, "chat_template.jinja")
+
+
+def tokenizer_after(model: str, adapters: list[str], chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a model with adapters; chat_template None: the one they were trained on."""
+    trained = trained_template(([model] + adapters)[-1])
+    tokenizer = Tokenizer(model, chat_template=chat_template or trained)
+    if chat_template and trained and (
+            tokenizer.template_text != Tokenizer(model, chat_template=trained).template_text):
+        tokenizer.notes.append(f"--chat_template {chat_template} is another one than "
+                               f"{([model] + adapters)[-1]} was trained on")
+    return tokenizer
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -163,7 +116,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def save_weights(model: nn.Module, path: str, base_model: str) -> None:
     """A PEFT adapter if the model has one, else the whole model; a ModuleDict's trained weights."""
     if isinstance(model, nn.ModuleDict):
-        save_file(trainable(model), os.path.join(path, "trained.safetensors"))
+        save_tensors(trainable(model), os.path.join(path, "trained.safetensors"))
     elif adapter_tensors(model):
         save_adapter(model, path, base_model)
     else:
@@ -174,42 +127,45 @@ def save_final(folder: RunFolder, model: nn.Module, tokenizer: Tokenizer) -> Non
     """Write OUT/final: the weights and the tokenizer."""
     def write(temporary: str) -> None:
         save_weights(model, temporary, folder.base_model)
-        copy_tokenizer(tokenizer, temporary)
+        save_tokenizer(tokenizer, temporary)
+        write_manifest(os.path.join(temporary, FINAL),
+                       args_sha256=sha256(os.path.join(folder.path, "args.json")))
     path = os.path.join(folder.path, "final")
     write_folder(path, write)
     print(f"done: {path}")
 
 
-def save_checkpoint(folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer) -> str:
-    """Write OUT/checkpoint-{step} and remove all but the newest; returns its path."""
+def save_checkpoint(folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer,
+                    loop: list | None = None) -> str:
+    """Write OUT/checkpoint-{step} and remove all but the newest; returns its path.
+
+    loop   what `resume` gives back: JSON of the sums that the loop takes from step to step
+    """
     def write(temporary: str) -> None:
         save_weights(model, temporary, folder.base_model)
         moments = {f"{key}.{name}": optimizer.state[p][key] for name, p in trainable(model).items()
                    for key in ("step", "exp_avg", "exp_avg_sq") if p in optimizer.state}
-        save_file(moments, os.path.join(temporary, "optimizer.safetensors"))
-        hashes = {file: sha256(os.path.join(temporary, file))
-                  for file in sorted(os.listdir(temporary))}
-        write_json(os.path.join(temporary, "trainer_state.json"),
-                   {"step": step, "sha256": hashes, "torch": torch.__version__})
+        save_tensors(moments, os.path.join(temporary, "optimizer.safetensors"))
+        write_manifest(os.path.join(temporary, STATE), step=step, loop=loop,
+                       torch=torch.__version__)
 
     path = os.path.join(folder.path, f"checkpoint-{step}")
     write_folder(path, write)
     for _, old in checkpoints(folder.path)[:-folder.save_total_limit]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return path
 
 
 @torch.no_grad()
-def load_checkpoint(path: str, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore weights and optimizer in place; returns the number of steps done.
+def load_checkpoint(path: str, model: nn.Module, optimizer: Optimizer) -> dict:
+    """Restore weights and optimizer in place; returns {"step": steps done, "loop", …}.
 
     raises  ValueError naming the file whose bytes are not those that were saved
     """
-    state = read_json(os.path.join(path, "trainer_state.json"))
-    for file, digest in state["sha256"].items():
-        if sha256(os.path.join(path, file)) != digest:
-            raise ValueError(f"{os.path.join(path, file)} is damaged (its SHA-256 is not the one "
-                             f"saved); remove {path} to continue from an older checkpoint")
+    remedy = f"remove {path} to continue from an older checkpoint"
+    state = read_manifest(os.path.join(path, STATE), remedy)
+    if os.path.basename(path) != f"checkpoint-{state.get('step')}":
+        raise ValueError(f"{path} holds the state after step {state.get('step')}; {remedy}")
     if isinstance(model, nn.ModuleDict):
         tensors = load_file(os.path.join(path, "trained.safetensors"))
         for name, p in trainable(model).items():
@@ -226,31 +182,39 @@ def load_checkpoint(path: str, model: nn.Module, optimizer: Optimizer) -> int:
                 "step": moments[f"step.{name}"],                         # AdamW has it on the CPU
                 "exp_avg": moments[f"exp_avg.{name}"].to(p.device),
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(p.device)}
-    return state["step"]
+    return state
 
 
 def resume(folder: RunFolder, model: nn.Module, optimizer: Optimizer, ranks: Ranks,
-           total_steps: int) -> int:
-    """Go on from the newest checkpoint, if there is one; returns the number of steps done."""
-    done, found = 0, checkpoints(folder.path)
+           total_steps: int) -> tuple[int, list | None]:
+    """Go on from the newest checkpoint, if there is one; returns (steps done, what
+    `save_checkpoint` was given as `loop`)."""
+    done, loop, found = 0, None, checkpoints(folder.path)
     if found:
-        done = load_checkpoint(found[-1][1], model, optimizer)
+        state = load_checkpoint(found[-1][1], model, optimizer)
+        done, loop = state["step"], state.get("loop")
     if ranks.is_first:
         rewind_metrics(folder.path, done)
         print(f"{total_steps} steps" + (f", continuing after step {done}" if done else ""))
-    return done
+    return done, loop
 
 
 def save_or_stop(folder: RunFolder, step: int, total_steps: int, model: nn.Module,
-                 optimizer: Optimizer, ranks: Ranks, stop_signal: float) -> None:
+                 optimizer: Optimizer, ranks: Ranks, stop_signal: float,
+                 loop: list | None = None) -> None:
     """After `step` steps: write a checkpoint if one is due; leave if any rank was told to.
 
     stop_signal   sum over ranks of ranks.stop.signal: 0, or some rank got one
+    loop          see `save_checkpoint`
+    raises        FileNotFoundError once the run folder is no longer this process's
     """
+    if ranks.is_first and not holds(os.path.join(folder.path, LOCK)):
+        raise FileNotFoundError(f"{folder.path} was removed, or taken by another process, while "
+                                "this run wrote to it; nothing more is saved")
     if step == total_steps:
         return                                           # the result is saved, not a checkpoint
     if ranks.is_first and (stop_signal or step % folder.save_steps == 0):
-        save_checkpoint(folder, step, model, optimizer)
+        save_checkpoint(folder, step, model, optimizer, loop)
     if stop_signal:
         if ranks.is_first:
             print(f"stopped after step {step}, saved; the same command continues")
@@ -258,6 +222,12 @@ def save_or_stop(folder: RunFolder, step: int, total_steps: int, model: nn.Modul
 
 
 # ---- a finished run -----------------------------------------------------------------------------
+
+RUN_FLAGS = {"method": str, "model_name_or_path": str, "sft_adapter": str | None, "bf16": bool,
+             "lora_r": int, "dataset": str, "beta": float, "held_out": float, "max_length": int,
+             "max_prompt_length": int, "reward_model": str | None, "lora_alpha": float | None,
+             "lora_target_modules": list | None, "chat_template": str | None}
+
 
 class FinishedRun(NamedTuple):
     """See `load_run`."""
@@ -271,17 +241,22 @@ def read_run(path: str) -> dict:
     file = os.path.join(path, "args.json")
     if not os.path.isfile(file) or not os.path.isdir(os.path.join(path, "final")):
         raise FileNotFoundError(f"{path} is not a finished run of train.py (it has no args.json "
-                                "and final/)")
+                                f"and final/){what_it_is(path, 'run')}")
     flags = read_json(file)
     if missing := {"method", "model_name_or_path", "bf16", "lora_r", "dataset",
                    "beta"} - set(flags):
         raise ValueError(f"{file} holds no flags of train.py: {', '.join(sorted(missing))} missing")
+    check_keys(flags, RUN_FLAGS, file)
     return flags
 
 
 def load_run(path: str) -> FinishedRun:
     """The model of a finished run of train.py or rlhf.ppo, and its reference."""
     flags, final = read_run(path), os.path.join(path, "final")
+    args_file = os.path.join(path, "args.json")
+    if check_final(final).get("args_sha256", sha256(args_file)) != sha256(args_file):
+        raise ValueError(f"{args_file} has changed since {final} was written; train it again, or "
+                         f"remove {os.path.join(final, FINAL)} if you changed it yourself")
     dtype = torch.bfloat16 if flags["bf16"] else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_llama(flags["model_name_or_path"], dtype, device)
@@ -294,6 +269,12 @@ def load_run(path: str) -> FinishedRun:
         return FinishedRun(model, partial(lora_disabled, model), flags)
     model = load_llama(final, dtype, device).eval()
     return FinishedRun(model, partial(nullcontext, base), flags)
+
+
+def run_tokenizer(path: str, flags: dict) -> Tokenizer:
+    """The tokenizer of a finished run with these flags, with the chat template it was trained on."""
+    return Tokenizer(flags["model_name_or_path"],
+                     chat_template=trained_template(os.path.join(path, "final")))
 
 
 def held_out_records(path: str, flags: dict, dataset: str | None) -> tuple[str, list[Record]]:

@@ -6,23 +6,27 @@ gradients, metrics and the stop flag travel in the same reduction.
 import math
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from files.cli import exit_code, leave, sentence_of, tell_torchrun
 from model import Llama
 
 BUCKET_BYTES = 64 * 2 ** 20      # gradients copied together for one all-reduce
 
 
 class Stop:
-    """In a `with`, set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at
-    once.
+    """In a `with`, set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves
+    at once.
 
     signal   0, or the number of the signal that came
     """
@@ -77,24 +81,78 @@ def set_up_processes() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a restart: without a prefix the addresses of dead ranks are read
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world_size)
     return rank, world_size, device
+
+
+class Peers:
+    """What ends one rank ends all, wherever they wait: the first to fail tells why, in the store.
+
+    A thread of every rank waits for that. If the store itself goes, torchrun was killed: the rank
+    gets a SIGTERM, so it saves its step and leaves.
+    """
+    KEY = "why a rank left"
+
+    def __init__(self):
+        self.store, self.over = dist.distributed_c10d._get_default_store(), False
+        self.watcher = threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True)
+        self.watcher.start()
+
+    def watch(self, store: dist.Store) -> None:
+        try:
+            store.wait([self.KEY], timedelta(days=3650))
+            rank, code, sentence = store.get(self.KEY).decode().split(" ", 2)
+        except RuntimeError:
+            if not self.over:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if rank != os.environ["RANK"]:
+            tell_torchrun(sentence)
+            sys.stdout.flush()
+            os._exit(int(code))              # the main thread may wait for the rank that failed
+
+    def end_all(self, error: BaseException) -> None:
+        """Make the other ranks leave. If another one failed before, this does not return."""
+        self.store.compare_set(
+            self.KEY, "", f"{os.environ['RANK']} {exit_code(error)} {sentence_of(error)}")
+        self.watcher.join(60)
 
 
 @contextmanager
 def running() -> Iterator[tuple[Ranks, torch.device]]:
-    """Inside, this process is a rank of a run; afterwards it is as it was before."""
-    flushed = flushes_denormals()
+    """Inside, this process is a rank of a run; afterwards it is as it was before.
+
+    Among several ranks an error of any one, and Ctrl-C, end all of them, and one prints it.
+    """
+    flushed, peers = flushes_denormals(), None
     # Squared gradients of never-seen tokens sink below 1e-38; a CPU is then 20 times slower.
     torch.set_flush_denormal(True)
     try:
         with torch.random.fork_rng():
             rank, world_size, device = set_up_processes()
+            peers = Peers() if world_size > 1 else None
             yield Ranks(rank, world_size, Stop()), device
-        if world_size > 1:           # after a failure the others are not there to wait for
+        if peers:                    # after a failure the others are not there to wait for
+            peers.over = True
             dist.barrier()           # gloo aborts a rank that waits while another one leaves
             dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        if not peers:
+            raise
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            error = ConnectionError("another process of this run ended, and this one cannot go on "
+                                    "without it; the same command continues")
+        peers.end_all(error)
+        if exit_code(error) == 1:
+            raise                                                # a bug: its traceback
+        leave(error, at_once=True)
     finally:
+        if peers:
+            peers.over = True
         torch.set_flush_denormal(flushed)
 
 
@@ -105,7 +163,7 @@ def shard_layers(model: Llama, device: torch.device) -> Llama:
     optimizer, all-reduce and checkpoints are those of one process. Call it on a CPU's model: layer
     after layer goes to `device`, never all of them at once.
     """
-    from torch.distributed.fsdp import fully_shard               # a second of importing
+    from torch.distributed.fsdp import fully_shard  # a second of importing
 
     whole = {p for p in model.parameters() if p.requires_grad}
     for layer in model.model.layers:
@@ -133,7 +191,8 @@ def reduce_bucket_(tensors: list[Tensor]) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]),
+                              strict=True):
         tensor.copy_(summed.view_as(tensor))
 
 

@@ -15,25 +15,61 @@ from functools import partial
 from itertools import accumulate
 
 from files.cli import time_left
-from files.text import sha256, whole_lines, write_text
+from files.fingerprint import fingerprints
+from files.text import append_text, flush_to_disk, whole_lines, write_text
 from packing import Tree, pack
 from step import Compute, Objective, Reference, needs_reference, reference_logps
 from training.ranks import Ranks, gather
 
 
+# ---- rows with checksums ------------------------------------------------------------------------
+
+COMPUTE_AGAIN = "remove it, and the same command computes it again"
+
+
+def seal(body: str, checksum: str) -> tuple[str, str]:
+    """(line, its checksum) for the JSON of a row without its last brace.
+
+    checksum   of the line before; for the first the file's name. So each covers all up to its line
+    """
+    checksum = hashlib.sha256((checksum + body).encode()).hexdigest()[:16]
+    return f'{body}, "checksum": "{checksum}"}}\n', checksum
+
+
+def sealed_lines(file: str, remedy: str) -> list[str]:
+    """The whole lines of a file of rows, [] where there is no file.
+
+    remedy   what to do about a damaged file, the end of the error's sentence
+    raises   ValueError with file and line where a line, or one before it, is not as it was written
+    """
+    lines, checksum = whole_lines(file), os.path.basename(file)
+    for number, line in enumerate(lines, 1):
+        sealed, checksum = seal(line.rpartition(', "checksum": "')[0], checksum)
+        if line != sealed:
+            raise ValueError(f"{file}:{number}: damaged: the checksum does not fit this line and "
+                             f"those before it; {remedy}")
+    return lines
+
+
+def read_rows(file: str, remedy: str = COMPUTE_AGAIN) -> list[dict]:
+    """The rows of a file, see `sealed_lines`."""
+    return [json.loads(line) for line in sealed_lines(file, remedy)]
+
+
 # ---- rows in batches ----------------------------------------------------------------------------
 
-def whole_batches(file: str, batches: list[list[int]]) -> int:
-    """How many batches a file of rows holds; what a kill left of the next one is cut off.
+def whole_batches(file: str, batches: list[list[int]]) -> tuple[int, str]:
+    """(number of batches that a file of rows holds, checksum of its last line); what a kill left of
+    the next one is cut off.
 
-    A batch cut short is made again as a whole: its rows depend on it in the last bits.
+    A batch cut short is computed again as a whole: rounding depends on the batch.
     """
-    lines = whole_lines(file)
-    ends = [0, *accumulate(map(len, batches))]
+    lines, ends = sealed_lines(file, COMPUTE_AGAIN), [0, *accumulate(map(len, batches))]
     done = bisect_right(ends, len(lines)) - 1
+    lines = lines[:ends[done]]
     if os.path.isfile(file):
-        write_text(file, "".join(lines[:ends[done]]))
-    return done
+        write_text(file, "".join(lines))
+    return done, json.loads(lines[-1])["checksum"] if lines else os.path.basename(file)
 
 
 def write_rows(file: str, batches: list[list[int]], make_rows: Callable[[list[int]], list[dict]],
@@ -45,9 +81,9 @@ def write_rows(file: str, batches: list[list[int]], make_rows: Callable[[list[in
     make_rows     a batch -> its rows, in order
     count_tokens  of a row, for the progress line
     title         of the progress line
-    Leaves after the batch at hand once ranks.stop has a signal.
+    Exits after the current batch once ranks.stop has a signal.
     """
-    first = gather(whole_batches(file, batches) if ranks.is_first else 0)[0]
+    first, checksum = gather(whole_batches(file, batches) if ranks.is_first else None)[0]
     start, tokens = time.perf_counter(), 0
     for number in range(first, len(batches), ranks.world_size):
         mine = number + ranks.rank
@@ -56,15 +92,18 @@ def write_rows(file: str, batches: list[list[int]], make_rows: Callable[[list[in
         done = min(number + ranks.world_size, len(batches))
         if ranks.is_first:
             new_rows = [row for share, _ in shares for row in share]
-            with open(file, "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(row) + "\n" for row in new_rows)
+            lines = []
+            for row in new_rows:
+                line, checksum = seal(json.dumps(row)[:-1], checksum)
+                lines.append(line)
+            append_text(file, "".join(lines))
             tokens += sum(map(count_tokens, new_rows))
             seconds = time.perf_counter() - start
             print(f"{title}: batch {done}/{len(batches)}  {tokens / seconds:.0f} tok/s  "
                   f"{time_left(seconds, done - first, len(batches) - first)}", flush=True)
         if any(stop_signal for _, stop_signal in shares):
             if ranks.is_first:
-                print(f"stopped among {title}, saved; the same command continues")
+                print(f"stopped during {title}, saved; the same command continues")
             raise SystemExit(128 + max(stop_signal for _, stop_signal in shares))
     gather(None)                                # rank 0 has written before another reads
 
@@ -76,16 +115,14 @@ def reference_key(trees: list[Tree], base: str, sft_adapter: str | None,
     """Names what the reference's log-probs depend on: every token id (so the data, the template and
     the lengths), the weights, and `settings` that change how they are computed.
 
-    Of weight files it reads names, sizes and times, not 13 GB of bytes.
+    Where the model lies is no part of it.
     """
-    weights = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-                     for entry in os.scandir(base) if entry.is_file())
-    adapter = [sha256(os.path.join(sft_adapter, name)) for name in (
-        "adapter_config.json", "adapter_model.safetensors")] if sft_adapter else None
-    digest = hashlib.sha256(json.dumps([weights, adapter, *settings]).encode())
+    files = fingerprints(base, sft_adapter)
+    inputs = [[os.path.basename(file), content] for file, content in files.items()]
+    digest = hashlib.sha256(json.dumps([inputs, *settings]).encode())
     for tree in trees:
         digest.update(json.dumps([tree.prompt_ids, tree.response_ids, tree.scores]).encode())
-    # Use rank 0's key: modification times differ between machines.
+    # Rank 0's on all ranks: the files of another machine could be others.
     return gather(digest.hexdigest()[:16])[0]
 
 
@@ -113,9 +150,13 @@ def cache_reference(output_dir: str, key: str, reference: Reference, trees: list
         write_rows(unfinished, batches, make_rows, lambda row: trees[row["tree"]].num_tokens,
                    "reference log-probs", ranks)
         if ranks.is_first:
+            flush_to_disk(unfinished)
             os.replace(unfinished, cached)
         gather(None)
     elif ranks.is_first:
         print(f"reference log-probs: those of {cached}")
-    rows = [json.loads(line)["reference_logps"] for line in whole_lines(cached)]
-    return [replace(tree, reference_logps=row) for tree, row in zip(trees, rows, strict=True)]
+    rows = read_rows(cached)
+    if len(rows) != len(trees):
+        raise ValueError(f"{cached} has {len(rows)} rows, not {len(trees)}; {COMPUTE_AGAIN}")
+    return [replace(tree, reference_logps=row["reference_logps"])
+            for tree, row in zip(trees, rows)]

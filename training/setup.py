@@ -13,7 +13,7 @@ from data import print_counts, read_dataset, split_by_prompt
 from lora import (add_lora, add_score_head, load_adapter, lora_disabled, share_base,
                   start_from_adapter)
 from model import Llama, load_llama
-from packing import Tree, make_trees, one_negative_per_tree, plan_batches
+from packing import Tree, make_trees, one_negative_per_tree, pair_points, plan_batches
 from step import Method, Reference, batch_counts, check_fit
 from tokenizer import Tokenizer
 from training.checkpoint import RunFolder, base_name, trainable
@@ -34,7 +34,7 @@ class Setup:
 
 def prepare_data(args: argparse.Namespace, methods: Mapping[str, Method], tokenizer: Tokenizer,
                  ranks: Ranks) -> tuple[list[Tree], list[list[int]]]:
-    """(trees, tree numbers of every step); says what the data holds.
+    """(trees, tree numbers of every step); prints what the data holds.
 
     raises  ValueError or OSError, one sentence, for data that do not fit
     """
@@ -45,6 +45,8 @@ def prepare_data(args: argparse.Namespace, methods: Mapping[str, Method], tokeni
     records, held_out = split_by_prompt(records, args.held_out)
     check_fit(args.method, records, methods)
     cuts = Counter()
+    if method.trains_on == "pairs":
+        records = pair_points(records, cuts)
     trees = make_trees(records, tokenizer,
                        "negative" if method.trains_on == "anchors" else method.trains_on,
                        args.max_length, args.max_prompt_length, cuts)
@@ -69,9 +71,7 @@ def load_base(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.devi
     """
     model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
                        "cpu" if args.fsdp else device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{tokenizer.file} has {tokenizer.vocab_size} pieces, the embedding of "
-                         f"{args.model_name_or_path} only {model.config.vocab_size} rows")
+    tokenizer.unused_ids(model.config.vocab_size)            # raises if it has more pieces than rows
     if args.max_length > model.config.max_positions:
         raise ValueError(f"--max_length {args.max_length} exceeds the model's "
                          f"{model.config.max_positions} positions")
@@ -85,7 +85,7 @@ def make_references(args: argparse.Namespace, method: Method, model: Llama) -> l
     """[reference, π_r+, π_r-], of the model before it gets an adapter.
 
     Under an adapter the reference is the same weights with the adapter off; where all weights are
-    trained, a copy that is not; where no loss asks for one, the model itself, which is not run.
+    trained, a frozen copy; for methods without a reference, the model as an unused placeholder.
     """
     base = model
     if method.reference == "none":
@@ -108,7 +108,7 @@ def make_references(args: argparse.Namespace, method: Method, model: Llama) -> l
 def describe_reference(args: argparse.Namespace, method: Method) -> str:
     """The reference in words, for the screen and args.json."""
     if method.reference == "none":
-        return f"none, --method {args.method} has no use for one"
+        return f"none, --method {args.method} uses none"
     base = base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
                               " (a copy that is not trained)")
     if args.reference_plus or args.reference_minus:
@@ -123,7 +123,10 @@ def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks
 
     raises  ValueError or OSError, one sentence, for whatever does not fit
     """
-    method, tokenizer = methods[args.method], Tokenizer(args.model_name_or_path)
+    method = methods[args.method]
+    tokenizer = Tokenizer(args.model_name_or_path, chat_template=args.chat_template)
+    if ranks.is_first:
+        tokenizer.print_notes()
     trees, batches = prepare_data(args, methods, tokenizer, ranks)
     model = load_base(args, tokenizer, device)
     reference, *references = make_references(args, method, model)

@@ -128,7 +128,7 @@ def test_scale_counts_the_bytes_that_ranks_reduce(inputs, tmp_path, monkeypatch,
     ranks, = result["ranks"]
     assert ranks["adapter_bytes"] == ADAPTER_BYTES
     # one all-reduce: gradients, loss, tokens, sum and count of 5 metrics, in float32
-    assert ranks["reduced_bytes_per_step"] == ADAPTER_BYTES + 4 * (2 + 2 * 5)
+    assert ranks["reduced_bytes_per_step"] == ADAPTER_BYTES + 4 * (2 + 2 * 6)
     assert len(ranks["seconds"]) == 1 and ranks["efficiency"] == 1.0
 
 

@@ -1,5 +1,6 @@
 """Weight files that are broken, foreign or malicious: one sentence each, and no code is run."""
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -48,6 +49,32 @@ def test_the_first_of_the_four_names_is_read(tmp_path):
 
 
 # ---- what does not fit --------------------------------------------------------------------------
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(kind, dtype, value, tmp_path):
+    # One of them makes every logit NaN: generate.py printed " ⁇  ⁇ ", or ended in an IndexError.
+    _, path = saved(tmp_path, kind=kind)
+    file = weight_files(path)[0]
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][-1, -1] = value
+    rewrite(file, change)
+    assert refusal(path).startswith(f"{file}: {name} has values that are not finite")
+
+
+def test_a_bin_file_whose_tensor_repeats_one_value_is_refused(tmp_path):
+    # Four bytes on disk may claim any shape: the model would be built of it.
+    _, path = saved(tmp_path, kind="bin")
+
+    def change(tensors):
+        tensors["lm_head.weight"] = torch.zeros(1).expand_as(tensors["lm_head.weight"])
+    rewrite(weight_files(path)[0], change)
+    assert "'lm_head.weight' is a Tensor" in refusal(path)
+
 
 @each_kind
 def test_all_misfits_are_listed_at_once(kind, tmp_path):

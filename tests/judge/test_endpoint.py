@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 import judge.endpoint as endpoint
-from files.cli import time_left
+from files.cli import run_cli, time_left
 
 SERVER = '''
 import collections, http.server, json, sys, threading, time
@@ -35,6 +35,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         if kind == "hang" and count == 1:
             time.sleep(30)
+        if kind == "drip" and count == 1:                # a header, byte by byte, for ever
+            for _ in range(400):
+                self.wfile.write(b"H")
+                self.wfile.flush()
+                time.sleep(0.05)
+            return
+        if kind == "huge" and count == 1:
+            return self.reply(200, b" " * (5 << 20) + json.dumps(good).encode())
+        if kind == "nested":
+            return self.reply(200, b"[" * 100_000)
+        if kind == "escape":
+            return self.reply(400, b"\\x1b[2Jgone\\x07")
         if kind == "flaky" and count < 3:
             return self.reply((503, 429)[count - 1], {"error": "busy"}, {1: "7"}.get(count))
         if kind == "bad" or (kind == "picky" and text in "2468ac"):
@@ -165,6 +177,22 @@ def test_a_hanging_server_is_left_after_the_timeout_and_asked_again(ask, server)
     started = time.monotonic()
     assert [row["answer"] for row in ask("hang", "a", timeout=0.3)] == ["1>2 1=2 a"]
     assert time.monotonic() - started < 20 and len(server[1]("hang")) == 2
+
+
+@pytest.mark.parametrize("kind", ["drip", "huge"])
+def test_a_reply_without_end_is_left_and_asked_again(ask, server, kind):
+    # One byte every now and then kept a worker for ever; 200 MB were read into memory.
+    started = time.monotonic()
+    assert [row["answer"] for row in ask(kind, "a", timeout=2)] == ["1>2 1=2 a"]
+    assert time.monotonic() - started < 15 and len(server[1](kind)) == 2
+
+
+def test_hostile_replies_end_in_one_sentence_without_control_characters(ask, capsys):
+    for kind, sentence in (("nested", "200: [[["), ("escape", r"HTTP 400: \x1b[2Jgone\x07 (after")):
+        with pytest.raises(SystemExit) as left:
+            run_cli(lambda kind=kind: ask(kind, "a"))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert left.value.code == 2 and error.isprintable() and sentence in error
 
 
 def test_a_redirect_is_not_followed(ask, server):

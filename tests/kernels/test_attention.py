@@ -4,8 +4,9 @@ test_tree_attention.py compares all ways with float64, output and gradients.
 """
 import pytest
 import torch
-from attention_rule import rule_mask, whole_mask
+from attention_rule import rule_mask, stream_ids, whole_mask
 from helpers import GQA, make_llama, random_trees
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.testing import assert_close
 
 import kernels.attention as attention_file
@@ -90,6 +91,26 @@ def test_flex_equals_the_dense_blocks(kv_heads):
     expected = attention(q, k, v, stream.segments)
     found = attention(q, k, v, attention_segments(*ids, how="flex"))
     assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 700, 1500])
+def test_flex_gets_the_block_mask_that_torch_would_make(tokens):
+    # Every table, from the rule itself. Prompts of 300 tokens and more have blocks that are seen as
+    # a whole.
+    generator, trees = torch.Generator().manual_seed(tokens), []
+    while sum(prompt + sum(responses) for prompt, responses in trees) < tokens:
+        prompt, *responses = torch.randint(1, 600, (3,), generator=generator).tolist()
+        trees.append((prompt, responses))
+    ids = [torch.tensor(part[:tokens]) for part in stream_ids(trees)]
+    found = attention_segments(*ids, how="flex")
+    expected = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
+    mask = rule_mask(*(part.tolist() for part in ids))
+    assert torch.equal(create_mask(found.mask_mod, None, None, tokens, tokens, "cpu")[0, 0], mask)
+    tables = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
+    for name in (*tables, *(f"full_{table}" for table in tables)):
+        mine, wanted = getattr(found, name), getattr(expected, name)
+        assert mine.dtype == wanted.dtype and torch.equal(mine, wanted), name
+    assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
 
 
 @pytest.mark.parametrize("how", ATTENTIONS)

@@ -85,6 +85,7 @@ def test_value_loss_by_hand():
 def test_whitened_values_have_mean_0_and_variance_1_and_equal_ones_are_0():
     assert_close(whiten(tensor(1, 2, 3)), tensor(-1, 0, 1), rtol=0, atol=1e-8)
     assert not whiten(torch.full((4,), 7.0)).any()
+    assert whiten(tensor(3)).tolist() == [0]             # a batch of one token has no deviation
 
 
 def test_the_first_update_climbs_eq_3():
@@ -199,7 +200,8 @@ def reward_run(tmp_path_factory, tiny_model):
     (folder / "run/args.json").write_text(json.dumps({
         "method": "pointwise_reward_model", "model_name_or_path": base, "bf16": False,
         "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "down_proj"],
-        "dataset": data, "beta": 0.05, "held_out": 0.0, "max_prompt_length": 64}))
+        "dataset": data, "beta": 0.05, "held_out": 0.0, "max_length": 128,
+        "max_prompt_length": 64}))
     return str(folder / "run")
 
 

@@ -8,6 +8,7 @@ from helpers import make_model, make_trees
 from helpers_models import make_rollouts, three_models
 from torch.testing import assert_close
 
+from generate import Sampling
 from rlhf.rollouts import Rollout, batch_metrics, sample_responses, true_rewards, world_rewards
 from tokenizer import Tokenizer, encode_dialogue
 from training.ranks import Ranks
@@ -45,14 +46,14 @@ def test_a_rollout_has_the_numbers_of_each_response_alone():
 
 def test_samples_do_not_depend_on_the_number_of_ranks():
     policy, prompt_ids, seeds = make_model(), [[1, 5, 9], [1, 7], [1, 5, 9, 11]], list(range(6))
-    alone = sample_responses(policy, prompt_ids, seeds, 7, Ranks())
-    first, second = (sample_responses(policy, prompt_ids, seeds, 7, Ranks(rank, 2))
+    alone = sample_responses(policy, prompt_ids, seeds, Sampling(7), Ranks())
+    first, second = (sample_responses(policy, prompt_ids, seeds, Sampling(7), Ranks(rank, 2))
                      for rank in (0, 1))
     assert [first[0], second[0], first[1]] == alone
     assert [tree.prompt_ids for tree in alone] == prompt_ids
     assert all(len(tree.response_ids) == 2 for tree in alone)
     assert alone[0].response_ids[0] != alone[0].response_ids[1]
-    assert sample_responses(policy, prompt_ids[:1], seeds[:2], 7, Ranks(1, 2)) == []
+    assert sample_responses(policy, prompt_ids[:1], seeds[:2], Sampling(7), Ranks(1, 2)) == []
 
 
 def test_batch_metrics_by_hand():
@@ -63,7 +64,7 @@ def test_batch_metrics_by_hand():
                       per_token_logps=tensor(0, 0, 0), reference_per_token_logps=tensor(0, 0, 0),
                       entropy=tensor(1, 2, 6), kl=tensor(0.5, 0.25, 0.25), values=tensor(0, 0, 0))
     other = replace(rollout, response_ids=[[3, 3, 2]], scores=[4.0])
-    assert batch_metrics([rollout, other], beta=0.3, eos_id=2) == pytest.approx({
+    assert batch_metrics([rollout, other], beta=0.3, eos_ids={2}) == pytest.approx({
         "objective/scores": 3, "objective/kl": 2 / 3, "objective/rlhf_reward": 3 - 0.2,
         "policy/entropy": 3, "response_length": 2, "ended_by_eos": 2 / 3})
 

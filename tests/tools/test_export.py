@@ -1,6 +1,7 @@
 """tools.export writes what the adapters compute, whole, and as other tools read it."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 from model import Linear, load_llama
-from tokenizer import TOKENIZER_FILES, Tokenizer
+from tokenizer import Tokenizer
 from tools import export
 
 ROW = [1, 5, 7, 30, 300, 7, 12, 3, 2]
@@ -69,19 +70,50 @@ def test_the_folder_holds_what_converters_and_servers_ask_for(tmp_path, tiny_mod
     assert Tokenizer(str(out)).vocab_size == TINY_VOCAB
     assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1,
                                                                         "eos_token_id": 2}
+    assert {file.name for file in out.iterdir()} == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.model",
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "chat_template.jinja"}
     for name, tensor in base.items():         # what no adapter touched is the base's, to the bit
         touched = any(target in name for target in ("q_proj", "v_proj", "up_proj"))
         assert torch.equal(merged[name], tensor) != touched, name
 
 
-def test_files_beside_the_base_come_along(tmp_path, tiny_model, adapter_of):
-    # Its chat template, added tokens and generation settings are part of the model to a server.
-    base, out = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "out"
-    for name in (*TOKENIZER_FILES[1:], "generation_config.json"):
-        (base / name).write_text(json.dumps({"from": name}))
-    run("--model", base, "--adapter", adapter_of("a"), "--out", out)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        assert (out / name).read_bytes() == (base / name).read_bytes()
+def test_a_foreign_template_does_not_come_along(tmp_path, tiny_model, adapter_of, capsys):
+    # Trained on Vicuna's text, a server would prompt with [INST]. What is no tokenizer's stays
+    # behind; a template that is asked for is written.
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    foreign = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": foreign, "own": "me"}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "top_p": 0.5}))
+    run("--model", base, "--adapter", adapter_of("a"), "--out", tmp_path / "out")
+    told = capsys.readouterr()
+    assert "has a chat template of its own; Vicuna's is used" in told.err
+    assert "generation_config.json: eos_token_id is [7], but here answers end in [2]" in told.err
+    assert "chat template: vicuna; answers end in [2]" in told.out
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        written = (tmp_path / "out" / name).read_text()
+        assert "ASSISTANT:" in written and "INST" not in written and '"own"' not in written
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {
+        "eos_token_id": 2, "bos_token_id": 1, "top_p": 0.5}
+    pytest.importorskip("jinja2")
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    run("--model", base, "--adapter", adapter_of("b"), "--out", tmp_path / "other",
+        "--chat_template", tmp_path / "mine.jinja")
+    written = (tmp_path / "other/chat_template.jinja").read_text()
+    assert written == (tmp_path / "mine.jinja").read_text()
+
+
+def test_a_link_among_a_models_files_leads_nowhere(tmp_path, tiny_model, adapter_of):
+    # special_tokens_map.json -> a private file: its tokens are written, not its bytes.
+    base, secret = Path(shutil.copytree(tiny_model, tmp_path / "base")), tmp_path / "secret.json"
+    secret.write_text(json.dumps({"password": "open sesame"}))
+    for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
+        (base / name).symlink_to(secret)
+    run("--model", base, "--adapter", adapter_of("a"), "--out", tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        assert b"open sesame" not in file.read_bytes(), file
 
 
 def test_two_adapters_are_rounded_once(tmp_path, tiny_model, adapter_of):

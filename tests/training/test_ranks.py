@@ -1,12 +1,17 @@
 """Ranks: sums over them, sharded layers, the stop, the schedule; a process left as it was."""
 import random
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from helpers import run_ranks
+import torch.distributed as dist
+from conftest import ONE_THREAD
+from helpers import kill_with_workers, run_ranks
 
-from training.ranks import Stop, flushes_denormals, learning_rate, running
+from training.ranks import Stop, flushes_denormals, learning_rate, running, set_up_processes
 
 
 def state_of_process():
@@ -65,6 +70,99 @@ def test_three_ranks_sum_gradients_in_buckets_and_shard_layers(tmp_path):
     # Layers are whole only while they run. Bug this catches: without a common root every layer is
     # FSDP's root, and roots stay gathered after their forward: all weights in every rank's memory.
     run_ranks(tmp_path, SUMS + SHARDED_LAYERS, ranks=3)
+
+
+# ---- ranks that fail ----------------------------------------------------------------------------
+
+def torchrun(script, *flags):
+    """The command line of a script on two ranks."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            *flags, str(script)]
+
+
+FAILING = """
+import os, signal, sys, time
+from files.cli import run_cli
+from training.ranks import gather, running
+
+def main():
+    with running() as (ranks, _):
+        assert gather(ranks.rank) == [0, 1]
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        if attempt == "0" and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if attempt == "1" and ranks.rank == 1:
+            raise ValueError("bad file on rank 1")
+        if attempt == "1":
+            time.sleep(60)                       # busy, and not in a collective
+        if attempt == "2":
+            raise ValueError("the same bad file everywhere")
+        ranks.barrier()
+
+run_cli(main)
+"""
+
+
+def test_what_ends_a_rank_ends_all_with_one_sentence_and_they_can_be_restarted(tmp_path):
+    # Three attempts in one torchrun. Without a prefix for each in torchrun's store, a restarted
+    # rank reads the address of a dead one: an error, or a wait for ever. A rank that is not in a
+    # collective learns of the failure too; what torchrun shows last is the sentence.
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    run = subprocess.run(torchrun(script, "--max-restarts=2"), env=ONE_THREAD, cwd=tmp_path,
+                         capture_output=True, text=True, timeout=50)
+    sentences = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert sentences == [
+        "error: another process of this run ended, and this one cannot go on without it; the same "
+        "command continues", "error: bad file on rank 1", "error: the same bad file everywhere"]
+    report = run.stderr.rpartition("script.py FAILED")[2]
+    assert report.count("exitcode  : 2 ") == 2, run.stderr
+    assert report.splitlines()[-2] == "  traceback : error: the same bad file everywhere"
+    assert "running()" not in run.stderr, "a traceback of ours"
+
+
+def test_each_attempt_of_torchrun_has_keys_of_its_own(monkeypatch):
+    store, stores = dist.HashStore(), []
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: stores.append(store))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for attempt in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        set_up_processes()
+        assert not stores[-1].check(["address"])
+        stores[-1].set("address", "here")
+
+
+STOPPABLE = """
+import os, sys, time
+from pathlib import Path
+from training.ranks import gather, running
+
+with running() as (ranks, _), ranks.stop:
+    Path(f"ready{ranks.rank}").touch()
+    end = time.time() + 60
+    while not any(gather(ranks.stop.signal)) and time.time() < end:
+        time.sleep(0.01)
+    Path(f"saved{ranks.rank}").touch()                   # that it can go on is another test's
+    sys.exit(143)
+"""
+
+
+def test_workers_whose_torchrun_is_killed_save_and_leave(tmp_path):
+    # They would go on as orphans, and hold the output folder against the command that continues.
+    script = tmp_path / "script.py"
+    script.write_text(STOPPABLE)
+    process = subprocess.Popen(torchrun(script), env=ONE_THREAD, cwd=tmp_path,
+                               stderr=subprocess.DEVNULL)
+    try:
+        for name in ("ready", "saved"):
+            deadline = time.time() + 40
+            while time.time() < deadline and len([*tmp_path.glob(f"{name}?")]) < 2:
+                time.sleep(0.02)
+            assert len([*tmp_path.glob(f"{name}?")]) == 2, f"not {name}"
+            process.kill()
+    finally:
+        kill_with_workers(process)
 
 
 # ---- a process and its settings -----------------------------------------------------------------

@@ -1,4 +1,5 @@
 """The reference's log-probs, computed once: the same gradient, reused, and never by mistake."""
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,8 @@ from helpers import (adapter_hash, backward, finish, flat_gradient, logged, make
 from lora import lora_disabled
 from step import METHODS, Compute, Objective
 from training.ranks import Ranks
-from training.reference_cache import cache_reference, reference_key, whole_batches
+from training.reference_cache import (cache_reference, read_rows, reference_key, seal,
+                                      whole_batches)
 
 
 def cache(out, reference, trees, name, key="k"):
@@ -50,17 +52,60 @@ def test_a_second_run_reads_what_the_first_one_left_beside_it(tmp_path):
 def test_a_batch_that_a_kill_cut_short_is_made_again_as_a_whole(tmp_path):
     # Batches of 2, 1 and 3 rows; its rows depend on a batch in the last bits.
     file, batches = tmp_path / "rows.jsonl", [[0, 1], [2], [3, 4, 5]]
-    assert whole_batches(str(file), batches) == 0 and not file.exists()
-    for text, done, rest in (("", 0, ""), ("0\n", 0, ""), ("0\n1\n", 1, "0\n1\n"),
-                             ("0\n1\n2", 1, "0\n1\n"), ("0\n1\n2\n3\n4\n", 2, "0\n1\n2\n"),
-                             ("0\n1\n2\n3\n4\n5\n", 3, "0\n1\n2\n3\n4\n5\n")):
-        file.write_text(text)
-        assert whole_batches(str(file), batches) == done
-        assert file.read_text() == rest
+    assert whole_batches(str(file), batches) == (0, "rows.jsonl") and not file.exists()
+    lines, checksums = [], ["rows.jsonl"]
+    for number in range(6):
+        line, checksum = seal(f'{{"tree": {number}', checksums[-1])
+        lines.append(line)
+        checksums.append(checksum)
+    for whole, torn, done, rest in ((0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 1, 2), (2, 20, 1, 2),
+                                    (5, 0, 2, 3), (6, 0, 3, 6)):
+        file.write_text("".join(lines)[:len("".join(lines[:whole])) + torn])
+        assert whole_batches(str(file), batches) == (done, checksums[rest])
+        assert file.read_text() == "".join(lines[:rest])
+
+
+def test_whatever_changes_in_a_file_of_rows_is_named(tmp_path):
+    # A digit, two lines, a line less, another file's name: trained on before, with exit code 0.
+    file, lines, checksum = tmp_path / "reference-a.jsonl", [], "reference-a.jsonl"
+    for number in range(4):
+        line, checksum = seal(f'{{"tree": {number}, "reference_logps": [-1.25]', checksum)
+        lines.append(line)
+    file.write_text("".join(lines))
+    assert [row["tree"] for row in read_rows(str(file))] == [0, 1, 2, 3]
+    (tmp_path / "reference-b.jsonl").write_text("".join(lines))
+    for name, text, number in (
+            ("a", [lines[0], lines[1].replace("1.25", "1.35"), *lines[2:]], 2),
+            ("a", [lines[0], lines[2], lines[1], lines[3]], 2),
+            ("a", [lines[0], *lines[2:]], 2), ("a", [lines[0], lines[0], *lines[1:]], 2),
+            ("a", [lines[0], "\n", *lines[1:]], 2),
+            ("a", ['{"tree": 0, "reference_logps": [-1.25]}\n', *lines[1:]], 1),
+            ("b", lines, 1)):
+        (tmp_path / f"reference-{name}.jsonl").write_text("".join(text))
+        with pytest.raises(ValueError, match=rf"reference-{name}.jsonl:{number}: damaged: .*remove "
+                                             "it, and the same command computes it again"):
+            read_rows(str(tmp_path / f"reference-{name}.jsonl"))
+
+
+def test_a_damaged_cache_is_refused_by_the_run_that_reads_it(tmp_path):
+    model, trees = make_model(), usable(make_trees(), "pairs")
+    cache(tmp_path / "a", partial(lora_disabled, model), trees, "dpo")
+    file, unknown = tmp_path / "reference-k.jsonl", partial(nullcontext, None)
+    lines = file.read_text().splitlines(True)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=f"reference-k.jsonl has {len(lines) - 1} rows, not "):
+        cache(tmp_path / "a", unknown, trees, "dpo")
+    file.write_text("".join(lines).replace("-", "", 1))
+    with pytest.raises(ValueError, match="reference-k.jsonl:1: damaged"):
+        cache(tmp_path / "a", unknown, trees, "dpo")
+    file.rename(tmp_path / "a/reference-k.jsonl")             # and by the run that goes on with it
+    with pytest.raises(ValueError, match="a/reference-k.jsonl:1: damaged"):
+        cache(tmp_path / "a", unknown, trees, "dpo")
 
 
 def test_the_key_changes_with_all_that_the_log_probs_depend_on(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
+    os.utime(tmp_path / "model.safetensors", (0, 0))
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/adapter_model.safetensors").write_bytes(b"adapter")
     (tmp_path / "sft/adapter_config.json").write_bytes(b'{"lora_alpha": 16}')
@@ -74,7 +119,8 @@ def test_the_key_changes_with_all_that_the_log_probs_depend_on(tmp_path):
             reference_key(trees, str(tmp_path), None, "negative", "sum"),
             reference_key(trees, str(tmp_path), None, "all", "mean")]
     assert keys[0] == reference_key(trees, str(tmp_path), None, "all", "sum")
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")         # of one size, at one time
+    os.utime(tmp_path / "model.safetensors", (0, 0))
     keys.append(reference_key(trees, str(tmp_path), None, "all", "sum"))
     (tmp_path / "sft/adapter_model.safetensors").write_bytes(b"another")
     keys.append(reference_key(trees, str(tmp_path), sft, "all", "sum"))

@@ -1,0 +1,42 @@
+"""`make demo`: what was interrupted goes on, what ended starts over. A stub stands for Python."""
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+STUB = """#!/bin/sh
+echo "$*" >> commands
+case "$*" in
+  *eval.py*) mkdir -p runs/demo; touch runs/demo/table.json ;;
+  *"$FAILS"*) exit 130 ;;
+  *) mkdir -p "runs/demo/$3/final" ;;
+esac
+"""
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """demo(fails): run `make demo`, in which the training of this method fails; what it ran."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(STUB)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / ".venv/ready").touch()
+
+    def run(fails):
+        (tmp_path / "commands").write_text("")
+        made = subprocess.run(["make", "demo"], cwd=tmp_path, env=os.environ | {"FAILS": fails},
+                              capture_output=True, text=True)
+        lines = (tmp_path / "commands").read_text().splitlines()
+        return made.returncode, [line.split()[2] if "train" in line else "eval" for line in lines]
+    return run
+
+
+def test_a_demo_that_was_interrupted_goes_on_and_one_that_ended_starts_over(demo):
+    assert demo("--method pointwise_dpo") == (2, ["sft", "dpo", "pointwise_dpo"])
+    whole = ["sft", "dpo", "pointwise_dpo", "ulma", "eval"]
+    assert demo("nothing") == (0, whole[2:])
+    assert demo("nothing") == (0, whole)

@@ -1,0 +1,146 @@
+"""The check before a run's first step: it passes what is right, and names what is wrong.
+
+It runs here on a CPU, where all functions are plain torch; each is broken in turn.
+"""
+import json
+import math
+import re
+
+import pytest
+import torch
+from attention_rule import plain_attention, rule_mask
+from helpers import finish, make_model, make_trees, usable
+
+import train
+from files.cli import run_cli
+from kernels import linear_logps
+from kernels.attention import attention
+from packing import build_stream
+from step import METHODS, Compute
+from training import start_check
+from training.output import changed_flags
+from training.start_check import check_start
+
+PARTS = ["RMSNorm", "rotary", "SwiGLU", "LoRA", "attention", "log-probs"]
+BREAKS = {      # a function of the file: what it returns, made wrong; which part the message names
+    "attention": (lambda out: out * 1.2, "attention .dense, layer 1."),
+    "rms_norm": (lambda outs: (outs[0], outs[1] * 1.2), "RMSNorm"),
+    "rotary": (lambda outs: (outs[0], -outs[1]), "the rotary embedding"),
+    "swiglu": (lambda out: out.detach() + 0 * out, "SwiGLU .*: the gradient of input 1"),
+    "lora_linear": (lambda out: out.masked_fill(out < -0.1, math.nan), "LoRA"),
+}
+
+
+def check(method="ulma", dtype=torch.float32, score_head=False, **changes):
+    model = make_model(dtype=dtype, score_head=score_head)
+    trees = usable(make_trees(), METHODS[method].trains_on)
+    return check_start(model, trees, METHODS[method], Compute(micro_tokens=60, **changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_right_passes_and_every_part_is_measured(dtype):
+    errors = check("dpo", dtype)
+    assert list(errors) == PARTS
+    most = 1e-6 if dtype == torch.float32 else 0.02
+    assert all(0 <= error < most for error in errors.values())
+    assert errors["attention"] > 0 and errors["log-probs"] > 0
+
+
+def test_a_reward_model_has_no_head_to_check():
+    assert "log-probs" not in check("reward_model", score_head=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BREAKS)
+def test_each_function_that_is_wrong_is_refused_by_name(name, dtype, monkeypatch):
+    spoil, message = BREAKS[name]
+    function = getattr(start_check, name)
+    monkeypatch.setattr(start_check, name, lambda *arguments: spoil(function(*arguments)))
+    with pytest.raises(ValueError, match=f"^{message}.* off by .*nothing was trained"):
+        check(dtype=dtype)
+
+
+@pytest.mark.parametrize("wrong", ["policy", "reference", "gradient"])
+def test_a_wrong_head_is_refused(wrong):
+    def broken(hidden, *arguments):
+        found = linear_logps(hidden, *arguments)
+        if wrong == "gradient":        # right values, and a gradient of half the size
+            half = found.policy_logps / 2
+            return found._replace(policy_logps=half + half.detach())
+        name = f"{wrong}_logps"
+        return found._replace(**{name: getattr(found, name) * 1.01})
+    part = {"policy": "output 1", "reference": "output 2", "gradient": "the gradient of input 1"}
+    with pytest.raises(ValueError, match=f"^log-probs of the head .*: {part[wrong]} is off"):
+        check(linear_logps=broken)
+
+
+def test_a_wrong_mask_is_refused(monkeypatch):
+    # Responses that see each other: what a forgotten branch_ids gives.
+    def forgetful(q, k, v, segments):
+        for strips in segments.blocks:
+            for mask in strips:
+                mask |= torch.ones_like(mask).tril(mask.shape[1] - len(mask))
+        return attention(q, k, v, segments)
+    monkeypatch.setattr(start_check, "attention", forgetful)
+    with pytest.raises(ValueError, match="^attention .*off by"):
+        check()
+
+
+def test_nan_in_a_gradient_of_any_layer_is_refused(monkeypatch):
+    # As cuDNN's backward with a mask gives it. Of four layers the second is not compared.
+    calls, layers = [], make_model().model.layers
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q):
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.nan
+
+    def broken(q, k, v, segments):
+        calls.append(q)
+        return attention(Broken.apply(q) if len(calls) == 3 else q, k, v, segments)
+    model = make_model(torch.float32)
+    model.model.layers.extend(layers.float())
+    monkeypatch.setattr(start_check, "attention", broken)
+    with pytest.raises(ValueError, match="^attention .dense, layer 2. .*not finite"):
+        check_start(model, make_trees(), METHODS["ulma"], Compute(micro_tokens=60))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_run_is_checked_before_anything_is_written(right, tmp_path, tiny_model, pairs_file,
+                                                     monkeypatch, capsys):
+    # On a GPU; here a CPU counts as one. A resumed run is checked again, and its figures may differ.
+    monkeypatch.setattr(train, "CHECKED_DEVICES", ("cpu",))
+    out = tmp_path / "run"
+    if not right:
+        monkeypatch.setattr(start_check, "swiglu", lambda gate, up: gate * up)
+        with pytest.raises(SystemExit) as ended:
+            run_cli(lambda: finish(tiny_model, pairs_file, out, "--max_steps", "2"))
+        assert ended.value.code == 2 and "error: SwiGLU is wrong on" in capsys.readouterr().err
+        assert not (out / "args.json").exists()
+        return
+    shown = finish(tiny_model, pairs_file, out, "--max_steps", "2")
+    assert re.search(r"^checked against plain torch, relative errors: RMSNorm \d", shown, re.M)
+    flags = json.loads((out / "args.json").read_text())
+    assert list(flags["start_check"]) == PARTS
+    flags["start_check"]["attention"] *= 1.01
+    assert changed_flags(str(out / "args.json"), flags) == ("", "")
+
+
+def test_the_oracle_itself_follows_the_rule():
+    # Against attention by a mask that is made one pair of positions at a time; grouped queries.
+    stream = build_stream(make_trees(4))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(len(stream.input_ids), heads, 8, generator=generator).double()
+               for heads in (4, 2, 2))
+    mask = rule_mask(stream.tree_ids.tolist(), stream.branch_ids.tolist())
+    expected = plain_attention(q, k, v, torch.zeros_like(q), mask)[0]
+    torch.testing.assert_close(start_check.plain_attention(q, k, v, stream), expected.detach())
+
+
+def test_large_trees_are_compared_in_some_heads(monkeypatch):
+    monkeypatch.setattr(start_check, "SCORES", 1)
+    assert 0 < check()["attention"] < 1e-6
