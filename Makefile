@@ -4,7 +4,7 @@ BIN := .venv/bin
 NEW_ENOUGH = $(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit('error: $(PYTHON) is \
 Python %d.%d, and ulma needs 3.11 or newer: make PYTHON=python3.12' % v[:2])"
 
-.PHONY: demo test oracles reproduce real-model bench bench-step-gpu bench-kernel clean
+.PHONY: demo test oracles reproduce real-model bench gpu bench-kernel clean
 
 .venv/ready: requirements.txt
 	@$(NEW_ENOUGH)
@@ -72,13 +72,12 @@ bench: .venv-bench/ready
 	  --precision fp32 --out bench/results/step.json
 	.venv-bench/bin/python bench/generate.py --out bench/results/generate.json
 
-# The same at 7B's size in bf16 on one H200, by a PYTHON that has torch for it, after a check of every
-# way of attention; TRL's steps are taken where bench/requirements.txt is installed too.
-bench-step-gpu:
-	$(PYTHON) bench/attention.py --dataset $(HH) --tokenizer $(TOKENIZER)
-	$(PYTHON) bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) --device cuda --size 7b \
-	  --precision bf16 --pairs 64 --micro_tokens 8192 --together 2 \
-	  --out bench/results/step-7b.json
+# On one GPU of 80 GB, at most 8 minutes: tests of the kernels and of train.py on the device, then
+# head, attention, the step at 7B's size, generation, memory; see bench/gpu.py. It runs with the torch
+# that PYTHON has; TRL's steps are taken where bench/requirements.txt is installed too.
+# STAGES="attention step" runs some of it.
+gpu:
+	$(PYTHON) bench/gpu.py --dataset $(HH) --tokenizer $(TOKENIZER) $(if $(STAGES),--only $(STAGES))
 
 # The vocabulary head alone; on a GPU its tests first, then 7B's size in bf16.
 bench-kernel: .venv-bench/ready

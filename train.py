@@ -242,7 +242,8 @@ def parse_args(argv: Sequence[str] | None = None,
     parser = Parser(description=__doc__, formatter_class=Help, epilog=(
         "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
     flag = parser.add_argument_group("what").add_argument
-    flag("--method", choices=methods, default="ulma", help="objective: ulma.py has the formulas, docs/usage.md what each trains on")
+    flag("--method", choices=methods, default="ulma",
+         help="objective: ulma.py has the formulas, docs/usage.md what each trains on")
     flag("--model_name_or_path", help="Hugging Face Llama folder (default: the embedded world's)")
     flag("--chat_template", help="vicuna; model: the folder's own; or a jinja file (default: the "
                                  "folder's chat_template.jinja, else vicuna; docs/usage.md)")

@@ -96,7 +96,7 @@ def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:
         bench("head", 45, "kernel", "", "--rows 128 --width 16 --vocab 100 --repeats 1"),
         bench("attention", 40, "attention", "", "--tokens 256 --repeats 1"),
         bench("attention-d2o", 40, "attention", "--responses 12",
-              "--tokens 256 --responses 12 --repeats 1"),
+              "--tokens 384 --responses 3 --repeats 1"),
         bench("step", 150, "step", step + "ours-dpo trl-tuned trl ours-dpo-tree",
               small_step + "ours-dpo"),
         bench("step-others", 120, "step", step + "ours-ulma ours-d2o ours-d2o-unshared",
@@ -124,7 +124,7 @@ def write_stand_in(folder: Path) -> list[str]:
         return " ".join(draw.choices(words, k=size))
 
     prompts = [f"\n\nHuman: {text(75)}\n\nAssistant: " for _ in range(400)]
-    rows = [{key: prompt + text(32) for key in ("chosen", "rejected")} for prompt in prompts]
+    rows = [{key: prompt + text(44) for key in ("chosen", "rejected")} for prompt in prompts]
     (folder / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [row["chosen"].replace("\n", " ") for row in rows]
     train_tokenizer(str(folder), texts + [f"{VICUNA_SYSTEM} USER: ASSISTANT:"] * 50)
@@ -223,7 +223,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu.json; of a dry run "
                                                  "none that stays")
     args = parser.parse_args()
-    found = versions()
+    try:
+        found = versions()
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1]
+        print(f"error: {sys.executable} cannot import torch ({reason}); name one that can: "
+              "make gpu PYTHON=...", file=sys.stderr)
+        return 2
     if not args.dry_run and not found["gpu"]:
         print(f"error: there is no GPU that torch {found['torch']} can use; bench/gpu.py --dry-run "
               "runs every stage on the CPU at its smallest size", file=sys.stderr)

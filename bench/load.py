@@ -268,7 +268,8 @@ def main() -> None:
     words = [f"--{key} {getattr(args, key)}" for key in ("source", "device", "size")]    # no path
     try:
         report = {"command": " ".join(["python bench/load.py", *words]),
-                  **measure(LlamaConfig(**SIZES[args.size]), args.source, args.device, args.tmp, args.keep)}
+                  **measure(LlamaConfig(**SIZES[args.size]), args.source, args.device, args.tmp,
+                            args.keep)}
     except RuntimeError as error:
         raise SystemExit(f"bench/load.py: {error}") from None
     args.out.parent.mkdir(parents=True, exist_ok=True)
