@@ -10,6 +10,9 @@ and JSONL in the shapes of TRL and of instruction data; files/rows.py reads the 
 Two decisions on odd rows, both counted and printed. An empty response is dropped: nobody judged an
 answer there. Two responses whose prompts differ become two points (unpaired data), not a pair.
 """
+if __name__ == "__main__":
+    from files.interrupt import catch_interrupts
+    catch_interrupts()
 import hashlib
 import re
 import sys
@@ -21,7 +24,8 @@ from functools import partial
 from files.cli import Parser, run_cli, visible
 from files.rows import TEXT, data_files, get_texts, get_value, read_rows
 # users import these names from here, too
-from tokenizer import VICUNA_SYSTEM, Tokenizer, encode_dialogue, render_dialogue  # noqa: F401
+from tokenizer import (VICUNA_SYSTEM, Tokenizer, dialogue_text,  # noqa: F401
+                       encode_dialogue, render_dialogue)
 
 Turns = Sequence[tuple[str, str]]          # [(role, text), …], roles System, Human, Assistant
 
@@ -354,9 +358,6 @@ def split_by_prompt(records: list[Record], held_out: float) -> tuple[list[Record
 
 # ---- what a file holds --------------------------------------------------------------------------
 
-LAYOUT = "\n\t"      # control characters that are printed as they are
-
-
 def print_counts(path: str, records: list[Record], counts: Counter) -> None:
     """Print how many rows, records and responses there are, and what was odd about them."""
     scores = [score for record in records for score in record.scores]
@@ -375,25 +376,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", help="data file, .gz or not; a folder, or several with commas")
     parser.add_argument("--show", type=int, default=0, help="print this many examples")
-    parser.add_argument("--tokenizer", help="tokenizer.model: adds token counts")
+    parser.add_argument("--tokenizer", help="model folder: adds token counts, in its template")
+    parser.add_argument("--chat_template", help="with --tokenizer, as in train.py")
     args = parser.parse_args(argv)
     counts = Counter()
     records = read_dataset(args.file, counts)
     print_counts(args.file, records, counts)
-    tokenizer = args.tokenizer and Tokenizer(args.tokenizer)
-    grey, green, red, plain = (("\033[90m", "\033[32m", "\033[41m", "\033[0m")
-                               if sys.stdout.isatty() else ("", "", "", ""))
+    tokenizer = args.tokenizer and Tokenizer(args.tokenizer, chat_template=args.chat_template)
+    grey, green, plain = (("\033[90m", "\033[32m", "\033[0m")
+                          if sys.stdout.isatty() else ("", "", ""))
     for record in records[:args.show]:
-        prompt = "</s>".join(render_dialogue([*record.prompt, ("Assistant", "")]))
-        print(f"\n--- {record.where}\n[prompt]   {grey}{visible(prompt, LAYOUT)}{plain}")
-        for response, score in zip(record.responses, record.scores, strict=True):
-            size = ""
+        for i, score in enumerate(record.scores):
+            turns, size = [*record.prompt, ("Assistant", record.responses[i])], ""
+            prompt, response = (visible(text, "\n\t") for text in dialogue_text(tokenizer, turns))
             if tokenizer:
-                prompt_ids, response_ids = encode_dialogue(
-                    tokenizer, [*record.prompt, ("Assistant", response)])
-                size = f", {len(prompt_ids)} + {len(response_ids)} tokens"
-            response = visible(response, LAYOUT)
-            print(f"[response, z = {score:g}{size}]  {green}{response}{plain}{red}</s>{plain}")
+                size = ", {} + {} tokens".format(*map(len, encode_dialogue(tokenizer, turns)))
+            if i == 0:
+                print(f"\n--- {record.where}\n[prompt] {grey}{prompt}{plain}")
+            print(f"[response, z = {score:g}{size}] {green}{response}{plain}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ no judge is needed. What a model puts outside the list (off-world) enters every 
 reward of that prompt: conditioning it away would flatter objectives that push mass there.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

@@ -11,7 +11,7 @@ one token each, and a row that ends leaves the batch. A row depends on its promp
 alone: other rows change its logits by float rounding at most.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

@@ -147,7 +147,10 @@ def make_trees(records: Iterable[Record], tokenizer: Tokenizer, trains_on: str =
     counts, trees = Counter() if counts is None else counts, []
     for group in group_records(records, trains_on, counts):
         prompt = group[0][0].prompt
-        whole_prompt, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])
+        try:
+            whole_prompt, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])
+        except ValueError as error:                      # a chat template may refuse it
+            raise ValueError(f"{group[0][0].where}: {error}") from None
         counts["prompts cut from the left"] += len(whole_prompt) > max_prompt_length
         prompt_ids, _ = truncate(whole_prompt, [], max_length, max_prompt_length)
         response_ids, scores, pairs = [], [], []

@@ -14,6 +14,7 @@ import shutil
 import sys
 
 from files.chat_template import SAMPLE, ChatTemplate, Turns, folder_template, read_template
+from files.cli import visible
 from files.folders import what_it_is
 from files.text import write_json, write_text
 from files.vocabulary import (JsonVocabulary, Parts, SentencePieceVocabulary, piece_bytes,
@@ -124,9 +125,12 @@ class Tokenizer:
         self.pieces, self.bos_id = self.vocabulary.pieces, self.vocabulary.bos_id
         self.legacy, self.vocab_size = self.vocabulary.legacy, 1 + max(self.vocabulary.names)
         self.encode, self.decode = self.vocabulary.encode, self.vocabulary.decode
+        listed = self._listed_ends()
+        if self.vocabulary.eos_id is None:
+            self.vocabulary.name_eos(next((ids[0] for ids in listed.values() if ids), None))
         self.template = self.template_text and ChatTemplate(
             self.template_text, where, self.vocabulary.controls, self.vocabulary.tokens)
-        self.eos_ids = self._find_ends()
+        self.eos_ids = self._find_ends(listed)
         self.eos_id = self.eos_ids[0]
 
     def _find_template(self, given: str | None) -> tuple[str | None, str]:
@@ -151,29 +155,32 @@ class Tokenizer:
                                     "model or a jinja file")
         return read_template(given), given
 
-    def _find_ends(self) -> tuple[int, ...]:
-        """Ids that end an answer: the template's, the tokenizer's, and those that config.json or
-        generation_config.json names beside one of them; a contradiction is noted."""
-        ends = [self.template.end_id] if self.template else []
-        ends = [number for number in [*ends, self.vocabulary.eos_id] if number is not None]
+    def _listed_ends(self) -> dict[str, list[int]]:
+        """The eos_token_id of generation_config.json and config.json: {file: ids with a piece}."""
+        listed = {}
         for name in ("generation_config.json", "config.json"):
             file = os.path.join(self.folder, name)
             ids = read_settings(file).get("eos_token_id")
-            ids = [number for number in (ids if isinstance(ids, list) else [ids])
-                   if type(number) is int and number in self.vocabulary.names]
-            if not ends or set(ids) & set(ends):
+            listed[file] = [number for number in (ids if isinstance(ids, list) else [ids])
+                            if type(number) is int and number in self.vocabulary.names]
+        return listed
+
+    def _find_ends(self, listed: dict[str, list[int]]) -> tuple[int, ...]:
+        """Ids that end an answer: the template's, the tokenizer's, and those that a file lists
+        beside one of them; a contradiction is noted."""
+        ends = [self.template.end_id] if self.template else []
+        ends = [number for number in [*ends, self.vocabulary.eos_id] if number is not None]
+        for file, ids in listed.items():
+            if set(ids) & set(ends):
                 ends += ids
             elif ids:
                 self.notes.append(f"{file}: eos_token_id is {ids}, but here answers end in {ends} "
                                   f"({self.vocabulary.names[ends[0]]!r}), by the tokenizer")
-        if not ends:
-            raise ValueError(f"{self.file}: no token ends an answer: tokenizer_config.json beside "
-                             "it has no eos_token")
         return tuple(dict.fromkeys(ends))
 
     def print_notes(self) -> None:
         for note in self.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(visible(f"note: {note}"), file=sys.stderr)
 
     def token_bytes(self, number: int) -> bytes:
         """The bytes of text that an id stands for: a part of a character, perhaps."""
@@ -252,8 +259,14 @@ def join_texts(first: Parts, second: Parts) -> Parts:
     return [*first, *second]
 
 
-def dialogue_text(tokenizer: Tokenizer, turns: Turns) -> tuple[str, str]:
-    """`dialogue_parts` as texts, control tokens by their names."""
+def dialogue_text(tokenizer: Tokenizer | None, turns: Turns) -> tuple[str, str]:
+    """`dialogue_parts` as texts, control tokens by their names; None: Vicuna's text, without BOS.
+
+    turns   the last one is an Assistant's
+    """
+    if tokenizer is None:
+        return "</s>".join(render_dialogue([*turns[:-1], ("Assistant", "")])), (
+            f" {turns[-1][1]}</s>")
     prompt, response = (
         "".join(part if isinstance(part, str) else tokenizer.vocabulary.names[part]
                 for part in parts) for parts in dialogue_parts(tokenizer, turns))
@@ -264,9 +277,8 @@ def dialogue_text(tokenizer: Tokenizer, turns: Turns) -> tuple[str, str]:
 
 # Keys of tokenizer_config.json that go on to a new folder; the others are written anew, or are
 # somebody else's: this folder may be published.
-SETTINGS = ("tokenizer_class", "added_tokens_decoder", "add_prefix_space", "add_eos_token",
-            "clean_up_tokenization_spaces", "model_max_length", "padding_side",
-            "spaces_between_special_tokens", "sp_model_kwargs")
+SETTINGS = ("added_tokens_decoder", "add_eos_token", "clean_up_tokenization_spaces",
+            "model_max_length", "padding_side")
 
 
 def jinja_of(tokenizer: Tokenizer) -> str:
@@ -296,15 +308,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
                  if number >= vocabulary.pieces.vocab_size()}
         if added:
             write_json(os.path.join(folder, "added_tokens.json"), added)
-        settings |= {"legacy": vocabulary.legacy, "tokenizer_class": "LlamaTokenizer"}
+        settings["legacy"] = vocabulary.legacy
     else:
         shutil.copyfile(tokenizer.file, os.path.join(folder, "tokenizer.json"))
-        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     tokens = dict(vocabulary.tokens)
     for name, number in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id)):
         if number is not None:
             tokens[name] = vocabulary.names[number]
     write_json(os.path.join(folder, "special_tokens_map.json"), tokens)
+    # the class that takes tokenizer.json as it is: LlamaTokenizer makes its own of the pieces
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(os.path.join(folder, "tokenizer_config.json"), settings | tokens | {
         "add_bos_token": bool(vocabulary.start), "chat_template": jinja_of(tokenizer)})
     write_text(os.path.join(folder, "chat_template.jinja"), jinja_of(tokenizer))

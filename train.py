@@ -14,7 +14,7 @@ The same command continues a run that was killed, on a CPU to the same bits (sam
 ranks).
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

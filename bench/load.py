@@ -7,8 +7,8 @@
 A folder of random weights is written shard by shard, then read in a new process whose memory is
 watched from outside. Two peaks are reported: `anonymous` is memory the process must have; `file` is
 pages of mapped weight files, which the system may drop and read again. In a bfloat16 safetensors
-folder on the CPU the weights are such pages: loading only maps them, the first forward reads them.
-With another source dtype the weights are anonymous memory, and the files are read once.
+folder on the CPU the weights are such pages: loading maps them, and reads them once, since it
+refuses values that are not finite. With another source dtype the weights are anonymous memory.
 """
 import argparse
 import json

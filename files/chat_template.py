@@ -12,10 +12,6 @@ SAMPLE = "Hello"            # a question, and an answer, that a template is trie
 Turns = Sequence[tuple[str, str]]
 
 
-class TemplateRefusal(ValueError):
-    """A dialogue that a chat template does not take, such as one whose roles do not alternate."""
-
-
 def merge_neighbours(turns: Turns) -> list[tuple[str, str]]:
     """Neighbouring turns of one role as one turn, with a blank line between their texts."""
     merged = []
@@ -92,8 +88,8 @@ class ChatTemplate:
                                              tools=None, documents=None, **self.variables)
             except Exception as error:           # a template is a program: it may raise anything
                 reason = str(error)[:200]
-        raise TemplateRefusal(f"{self.where} refuses a dialogue ({reason}) that starts with "
-                              f"{turns[0][1][:60] if turns else ''!r}")
+        raise ValueError(f"{self.where} refuses a dialogue ({reason}) that starts with "
+                         f"{turns[0][1][:60] if turns else ''!r}")
 
     def parts(self, turns: Turns, answer: str | None = None) -> tuple[Parts, Parts]:
         """What the template writes up to the next answer, and of the answer to its end."""
@@ -110,8 +106,8 @@ class ChatTemplate:
             return split(prompt), []
         whole = self._render([*turns, ("Assistant", answer)], mark, False)
         if not whole.startswith(prompt):
-            raise TemplateRefusal(f"{self.where}: with an answer, a dialogue no longer begins as "
-                                  f"the prompt did: {turns[0][1][:60]!r}")
+            raise ValueError(f"{self.where}: with an answer, a dialogue no longer begins as the "
+                             f"prompt did: {turns[0][1][:60]!r}")
         parts = split(whole[len(prompt):].removesuffix(self._after))
         ends = [i for i, part in enumerate(parts) if isinstance(part, int)]
         return split(prompt), parts[:ends[0] + 1] if ends else parts

@@ -8,7 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from files.interrupt import leave_at_once, speaks
 
 MESSAGE_LENGTH = 1000      # characters of an error message; a longer one loses its middle
 INPUT_ERRORS = (ValueError, OSError, FloatingPointError)     # what bad input may raise
@@ -27,17 +29,6 @@ def visible(text: str, keep: str = "") -> str:
 
 
 # ---- how a command ends -------------------------------------------------------------------------
-
-def leave_at_once(number: int, frame: Any) -> None:
-    os.write(2, b"\ninterrupted\n")
-    os._exit(130)
-
-
-def catch_interrupts() -> None:
-    """Ctrl-C ends this process in one line: for the seconds in which a command imports torch."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:        # as in the background
-        signal.signal(signal.SIGINT, leave_at_once)
-
 
 def sentence_of(error: BaseException) -> str:
     """One line for the error that ends a command, of at most MESSAGE_LENGTH characters."""
@@ -64,18 +55,23 @@ def exit_code(error: BaseException) -> int:
         error, INPUT_ERRORS) else 1
 
 
+def end_at_once(code: int) -> NoReturn:
+    """End a rank without Python's cleaning up: gloo may abort it then, or torchrun send a SIGTERM."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def leave(error: BaseException, show: bool = True, at_once: bool = False) -> NoReturn:
     """End the process with the error's exit code; its sentence goes to stderr.
 
-    at_once   without Python's cleaning up, during which torchrun would send a SIGTERM
+    at_once   see `end_at_once`
     """
     sentence = sentence_of(error)
     tell_torchrun(sentence)
     if show:
         print(sentence, file=sys.stderr, flush=True)
     if at_once:
-        sys.stdout.flush()
-        os._exit(exit_code(error))
+        end_at_once(exit_code(error))
     sys.exit(exit_code(error))
 
 
@@ -85,20 +81,28 @@ def run_cli(main: Callable[[], None]) -> None:
     Under torchrun the first process of each machine speaks for its others; once they are
     connected, see training.ranks.running.
     """
+    is_rank = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    is_process = signal.getsignal(signal.SIGINT) is leave_at_once        # else called in a test
     try:
-        if signal.getsignal(signal.SIGINT) is leave_at_once:
+        if is_process:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         for file in (sys.stdout, sys.stderr):            # a terminal may lack a character
             if hasattr(file, "reconfigure"):
                 file.reconfigure(errors="backslashreplace")
         main()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:     # while Python cleans up, gloo may abort
-            sys.stdout.flush()
-            os._exit(0)
+        if is_rank:
+            end_at_once(0)
+    except SystemExit as stop:                           # a run that was stopped, and saved
+        if is_rank and isinstance(stop.code, int):
+            end_at_once(stop.code)
+        raise
     except BrokenPipeError:
         sys.exit(0)
     except (*INPUT_ERRORS, KeyboardInterrupt) as error:
-        leave(error, os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0")
+        leave(error, speaks())
+    finally:
+        if is_process:                                   # nothing is left to do but end
+            signal.signal(signal.SIGINT, leave_at_once)
 
 
 # ---- flags --------------------------------------------------------------------------------------

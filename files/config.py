@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch.distributed as dist
 
+from files.cli import visible
 from files.folders import what_it_is
 from files.text import read_json, write_json
 
@@ -213,7 +214,8 @@ def read_config(path: str) -> LlamaConfig:
     ignored = sorted(set(raw) - names - READ_APART - SILENT_KEYS - set(FIXED_KEYS))
     first_rank = not dist.is_initialized() or dist.get_rank() == 0
     if ignored and file not in named_files and first_rank:
-        print(f"{file}: keys without a meaning here: {', '.join(ignored)[:500]}", file=sys.stderr)
+        print(visible(f"{file}: keys without a meaning here: {', '.join(ignored)[:500]}"),
+              file=sys.stderr)
     named_files.add(file)
     return config
 

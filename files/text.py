@@ -5,6 +5,7 @@ commit, so what a killed process leaves is the old content or the new, never a p
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ def likely_cause(path: str) -> str:
 def bounded(text: str) -> int | float:
     """A number of a file of ours, or of a model's: one that 64 bits can hold."""
     value = float(text) if set(text) & set(".eE") else int(text)
-    if not -2**63 <= value < 2**64:
+    if not (abs(value) < math.inf if isinstance(value, float) else -2**63 <= value < 2**64):
         raise ValueError(f"{text[:30]} is too large a number")
     return value
 

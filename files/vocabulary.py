@@ -207,7 +207,9 @@ class JsonVocabulary:
         added = read_added(raw.get("added_tokens") or [], file)
         try:
             self.pieces = tokenizers.Tokenizer.from_file(file)
-        except Exception as error:               # the package raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:           # it raises nothing more specific, and panics
             raise ValueError(f"{file}: not a tokenizer: {str(error)[:200]}") from None
         self.pieces.no_truncation()
         self.pieces.no_padding()
@@ -242,6 +244,14 @@ class JsonVocabulary:
         self.start = [self.bos_id] if add_bos and self.bos_id is not None else []
         parts = [raw.get("decoder"), raw.get("pre_tokenizer")]
         self.alphabet = byte_level_alphabet() if "'ByteLevel'" in str(parts) else None
+
+    def name_eos(self, number: int | None) -> None:
+        """Take the end of config.json, where tokenizer_config.json names none; raises without."""
+        if number is None:
+            raise ValueError(f"{self.file}: no token ends an answer: tokenizer_config.json beside "
+                             "it has no eos_token, config.json no eos_token_id")
+        self.eos_id = number
+        self.tokens["eos_token"] = self.names[number]
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Ids of a text; continues: without the space that some put before it."""

@@ -4,9 +4,10 @@
     pytorch_model.bin     or   pytorch_model-00001-of-00003.bin, …   pytorch_model.bin.index.json
 
 The first of these four that is there is read (transformers' order). Files are memory-mapped, one
-open at a time: a tensor's bytes come from disk when it is used, straight into its final dtype and
-place, so loading takes the memory of one model. A tensor that is wanted on the CPU in the file's
-own dtype stays the file's pages, copied on write. Nothing that a .bin pickles is ever executed.
+open at a time: a tensor goes from disk straight into its final dtype and place, so loading takes
+the memory of one model; values that are not finite are refused on the way. A tensor that is wanted
+on the CPU in the file's own dtype stays the file's pages, copied on write. Nothing that a .bin
+pickles is ever executed.
 """
 import math
 import os
@@ -180,7 +181,7 @@ def save_tensors(tensors: dict[str, Tensor], file: str,
         try:
             save_file(tensors, file, metadata)
         except SafetensorError as error:
-            raise OSError(str(error)) from None
+            raise OSError(str(error).rpartition("I/O error: ")[2]) from None
         os.chmod(file, mode)
 
 

@@ -17,7 +17,7 @@ answers.jsonl may come from any other program: rows {"id", "answer"} of a judge 
 orders, because judges favour a position; where the two orders disagree, the pair is a tie.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

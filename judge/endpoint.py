@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from urllib import request
 
 from files.cli import time_left
-from files.text import json_value, whole_lines
+from files.text import append_text, json_value, whole_lines
 from judge.questions import read_answers, read_questions
 
 GIVE_UP_AFTER = 5       # failures in a row: then the cause is the endpoint, not the questions
@@ -154,27 +154,26 @@ def ask_all(questions: list[dict], ask: Callable[[str], str], path: str, model: 
     failures, in_a_row, started, shown = [], 0, time.monotonic(), 0.0
     terminal = sys.stderr.isatty()
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            for number in range(1, len(questions) + 1):
-                name, answer, error = results.get()
-                if error is None:
-                    file.write(json.dumps({"id": name, "model": model, "answer": answer}) + "\n")
-                    file.flush()
-                    in_a_row = 0
-                elif isinstance(error, ConnectionError):
-                    failures.append(f"question {name}: {error}")
-                    in_a_row += 1
-                    if in_a_row == GIVE_UP_AFTER:
-                        raise ConnectionError(f"{in_a_row} questions in a row failed; the last, "
-                                              f"{failures[-1]}")
-                else:
-                    raise error
-                now, last = time.monotonic(), number == len(questions)
-                if last or now - shown > (0.1 if terminal else 10):
-                    print(f"{number} of {len(questions)} asked, {len(failures)} failed, "
-                          f"{time_left(now - started, number, len(questions))}",
-                          end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
-                    shown = now
+        append_text(path, "")                              # even if nobody answers
+        for number in range(1, len(questions) + 1):
+            name, answer, error = results.get()
+            if error is None:
+                append_text(path, json.dumps({"id": name, "model": model, "answer": answer}) + "\n")
+                in_a_row = 0
+            elif isinstance(error, ConnectionError):
+                failures.append(f"question {name}: {error}")
+                in_a_row += 1
+                if in_a_row == GIVE_UP_AFTER:
+                    raise ConnectionError(f"{in_a_row} questions in a row failed; the last, "
+                                          f"{failures[-1]}")
+            else:
+                raise error
+            now, last = time.monotonic(), number == len(questions)
+            if last or now - shown > (0.1 if terminal else 10):
+                print(f"{number} of {len(questions)} asked, {len(failures)} failed, "
+                      f"{time_left(now - started, number, len(questions))}",
+                      end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+                shown = now
     finally:
         waiting.clear()                                   # after an error nothing more is asked
     return failures

@@ -19,7 +19,7 @@ The base model and the adapter's shape are the reward model's; so are some flags
 missing_eos_penalty is no part of Eq. 3: without it answers that never end cost nothing.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

@@ -14,7 +14,7 @@
 A finished run is not trained again: stop this and start it as often as you like.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

@@ -7,7 +7,7 @@ words, so one of each is solved, and counts as often as the 40 test prompts have
 training ended are read from OUT/runs.jsonl.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import argparse

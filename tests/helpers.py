@@ -230,11 +230,13 @@ sys.path[:0] = [{str(conftest.ROOT)!r}, {str(conftest.ROOT / "tests")!r}]
 import torch
 import torch.distributed as dist
 from helpers import *
+from files.cli import end_at_once
 from training.ranks import set_up_processes
 rank, world_size, device = set_up_processes()
 {body}
 dist.barrier()
 dist.destroy_process_group()
+end_at_once(0)
 """)
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",

@@ -3,12 +3,13 @@ import math
 from contextlib import nullcontext
 from functools import partial
 
+import pytest
 import torch
 from helpers import GQA, SHAPE, each_config, make_llama, random_tokens, random_trees
 from plain import plain_hidden, plain_log_probs, plain_logps
 from torch.testing import assert_close
 
-from files.config import LlamaConfig
+from files.config import Llama3Rope, LlamaConfig
 from kernels.attention import attention
 from model import Llama, RMSNorm, rotary_angles
 from packing import Tree, build_stream
@@ -115,6 +116,20 @@ def test_rotary_angles_by_hand():
             assert abs(sin[t, i].item() - math.sin(position * frequency)) < 1e-12
     slow = rotary_angles(torch.tensor([4]), 4, 100.0, factor=4.0)
     assert_close(slow, rotary_angles(torch.tensor([1]), 4, 100.0), rtol=0, atol=1e-15)
+
+
+def test_llama_3_stretches_slow_frequencies_by_hand():
+    # Dh 8, theta 10⁴: frequencies 1, 0.1, 0.01, 0.001. In a context of 300 they turn 47.7, 4.77,
+    # 0.477 and 0.0477 times: above 8 as it is, below 0.4 divided by 2; 4.77 is 0.5756 of the way
+    # from 0.4 to 8, 0.477 is 0.0102 of it.
+    rope = Llama3Rope(2.0, 0.4, 8.0, 300)
+    cos, sin = rotary_angles(torch.tensor([1]), 8, 1e4, llama3=rope)
+    shares = [(300 * f / (2 * math.pi) - 0.4) / 7.6 for f in (0.1, 0.01)]
+    expected = [1.0, 0.1 * (shares[0] + (1 - shares[0]) / 2),
+                0.01 * (shares[1] + (1 - shares[1]) / 2), 0.0005]
+    assert_close(torch.atan2(sin, cos)[0], torch.tensor(expected, dtype=torch.float64),
+                 rtol=0, atol=1e-12)
+    assert shares == pytest.approx([0.5756, 0.0102], abs=1e-4)
 
 
 def test_tensor_names_are_those_of_hugging_face():

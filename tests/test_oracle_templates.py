@@ -8,7 +8,7 @@ from conftest import need
 from test_oracle_tokenizer import llama_tokenizer_of
 
 from data import read_dataset
-from tokenizer import Tokenizer, encode_dialogue, save_tokenizer
+from tokenizer import Tokenizer, encode_dialogue
 
 transformers = need("transformers")
 

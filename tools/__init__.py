@@ -1,1 +1,1 @@
-"""Commands for a finished run: `python -m tools.export`, `python -m tools.heatmap`."""
+"""Commands beside a run: `python -m tools.export`, `tools.gguf`, `tools.heatmap`, `tools.plot`."""

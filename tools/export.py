@@ -8,7 +8,7 @@ written folder is loaded again, and its logits are compared with those of the mo
 Its chat template is the one that the adapters were trained on, whatever the model's folder has.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import math

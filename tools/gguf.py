@@ -6,12 +6,14 @@ Weights are taken out of their quantisation by the package gguf and written in -
 tensor. The tokenizer becomes tokenizer.model (SentencePiece) or tokenizer.json (byte-level BPE).
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
+import math
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +67,7 @@ class Metadata:
 
     def need(self, key: str) -> Any:
         if key not in self.fields:
-            raise ValueError(f"{self.file}: the key {key} is missing")
+            raise ValueError(f"the key {key} is missing")
         return self.get(key)
 
 
@@ -78,7 +80,7 @@ def read_rope(metadata: Metadata, theta: float, head_dim: int) -> dict:
     if kind == "linear":
         return {"rope_factor": float(metadata.need("llama.rope.scaling.factor"))}
     if kind != "none":
-        raise ValueError(f"{metadata.file}: rope scaling of type {kind!r} (supported: linear)")
+        raise ValueError(f"rope scaling of type {kind!r} (supported: linear)")
     if "rope_freqs.weight" not in metadata.tensors:
         return {}
     divisors = torch.tensor(metadata.tensors["rope_freqs.weight"].data).double()  # [Dh/2]
@@ -87,7 +89,7 @@ def read_rope(metadata: Metadata, theta: float, head_dim: int) -> dict:
     angles = [torch.atan2(sin, cos) for cos, sin in (
         rotary_angles(one, head_dim, theta, 1.0, rope), rotary_angles(one, head_dim, theta))]
     if not torch.allclose(angles[1] / angles[0], divisors, rtol=1e-4):
-        raise ValueError(f"{metadata.file}: rope_freqs.weight are not those of Llama 3.1 to 3.3")
+        raise ValueError("rope_freqs.weight are not those of Llama 3.1 to 3.3")
     return {"rope_llama3": rope}
 
 
@@ -97,9 +99,9 @@ def read_config(metadata: Metadata) -> LlamaConfig:
     raises   ValueError for an architecture that is not Llama's
     """
     if (kind := metadata.get("general.architecture")) != "llama":
-        raise ValueError(f"{metadata.file}: architecture {kind!r} (supported: llama)")
+        raise ValueError(f"architecture {kind!r} (supported: llama)")
     if metadata.get("llama.expert_count", 0):
-        raise ValueError(f"{metadata.file}: a mixture of experts (supported: dense models)")
+        raise ValueError("a mixture of experts (supported: dense models)")
     heads, width = (metadata.need(f"llama.{key}")
                     for key in ("attention.head_count", "embedding_length"))
     head_dim = metadata.get("llama.attention.key_length", width // heads)
@@ -129,8 +131,8 @@ def hugging_face_name(name: str) -> str:
 
 
 def weights_of(metadata: Metadata, config: LlamaConfig,
-               dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """{name: what makes the tensor} of all weights.
+               dtype: torch.dtype) -> dict[str, tuple[tuple, Callable[[], Tensor]]]:
+    """{name: (shape, what makes the tensor)} of all weights.
 
     raises   ValueError naming tensors that are missing, unexpected or of another shape
     """
@@ -149,7 +151,7 @@ def weights_of(metadata: Metadata, config: LlamaConfig,
         found[target] = tensor
     problems += [f"{name} is missing" for name in expected if name not in found]
     if problems:
-        raise ValueError(f"{metadata.file}: {'; '.join(problems[:8])}")
+        raise ValueError("; ".join(problems[:8]))
 
     def make(name: str) -> Tensor:
         tensor = found[name]
@@ -161,7 +163,7 @@ def weights_of(metadata: Metadata, config: LlamaConfig,
             weight = pairs.transpose(1, 2).reshape(expected[name])
         return weight.to(dtype).contiguous()
 
-    return {name: lambda name=name: make(name) for name in expected}
+    return {name: (shape, partial(make, name)) for name, shape in expected.items()}
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def byte_level_json(metadata: Metadata, bos: str | None) -> dict:
     """tokenizer.json of a byte-level BPE; bos: the token that every text starts with."""
     kind = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind not in PRE_TOKENIZERS:
-        raise ValueError(f"{metadata.file}: texts are cut as {kind!r} does it (supported: "
+        raise ValueError(f"texts are cut as {kind!r} does it (supported: "
                          f"{', '.join(PRE_TOKENIZERS)})")
     tokens, kinds = (metadata.need(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     numbers = {text: number for number, text in enumerate(tokens)}
@@ -249,7 +251,7 @@ def write_tokenizer(metadata: Metadata, config: LlamaConfig, folder: str) -> Non
         write_json(os.path.join(folder, "tokenizer.json"),
                    byte_level_json(metadata, bos if settings["add_bos_token"] else None))
     else:
-        raise ValueError(f"{metadata.file}: a tokenizer of kind {kind!r} (supported: llama, gpt2)")
+        raise ValueError(f"a tokenizer of kind {kind!r} (supported: llama, gpt2)")
     write_json(os.path.join(folder, "tokenizer_config.json"), settings)
     if template := metadata.get("tokenizer.chat_template"):
         write_text(os.path.join(folder, "chat_template.jinja"), template)
@@ -266,18 +268,20 @@ def convert(file: str, out: str, dtype: torch.dtype) -> None:
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already; choose another OUT")
     metadata = Metadata(file)
-    config = read_config(metadata)
-    weights = weights_of(metadata, config, dtype)
+    try:
+        config = read_config(metadata)
+        weights = weights_of(metadata, config, dtype)
 
-    def write(folder: str) -> None:
-        write_config(config, str(dtype).removeprefix("torch."), folder)
-        write_tokenizer(metadata, config, folder)
-        with torch.device("meta"):
-            sizes = {name: tensor.numel() * dtype.itemsize
-                     for name, tensor in Llama(config).state_dict().items() if name in weights}
-        write_weights(folder, sizes, lambda name: weights[name]())
+        def write(folder: str) -> None:
+            write_config(config, str(dtype).removeprefix("torch."), folder)
+            write_tokenizer(metadata, config, folder)
+            write_weights(folder, {name: math.prod(shape) * dtype.itemsize
+                                   for name, (shape, _) in weights.items()},
+                          lambda name: weights[name][1]())
 
-    write_folder(os.path.abspath(out), write)
+        write_folder(os.path.abspath(out), write)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     print(f"done: {out} ({config.num_hidden_layers} layers of {config.hidden_size}, "
           f"{config.vocab_size} pieces)")
 

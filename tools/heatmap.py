@@ -9,7 +9,7 @@ of highest and lowest true reward. The page is one file without scripts; hold th
 token for its numbers.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import codecs

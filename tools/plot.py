@@ -7,7 +7,7 @@ Thin lines are what was logged, bold ones its exponential moving average. Runs d
 Needs matplotlib.
 """
 if __name__ == "__main__":
-    from files.cli import catch_interrupts
+    from files.interrupt import catch_interrupts
     catch_interrupts()
 
 import os

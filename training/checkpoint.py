@@ -272,13 +272,13 @@ def load_run(path: str) -> FinishedRun:
 
 
 def run_tokenizer(path: str, flags: dict) -> Tokenizer:
-    """The tokenizer of a finished run with these flags, with the chat template it was trained on."""
+    """The tokenizer of a finished run with these flags, and the chat template of its training."""
     return Tokenizer(flags["model_name_or_path"],
                      chat_template=trained_template(os.path.join(path, "final")))
 
 
 def held_out_records(path: str, flags: dict, dataset: str | None) -> tuple[str, list[Record]]:
-    """(file, records) to measure a run on: `dataset`, else what the run held out of its own data."""
+    """(file, records) to measure a run on: `dataset`, else what it held out of its own data."""
     file = dataset or flags["dataset"]
     records = read_dataset(file)
     if dataset is None:

@@ -71,7 +71,7 @@ def load_base(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.devi
     """
     model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
                        "cpu" if args.fsdp else device)
-    tokenizer.unused_ids(model.config.vocab_size)            # raises if it has more pieces than rows
+    tokenizer.unused_ids(model.config.vocab_size)        # raises for more pieces than rows
     if args.max_length > model.config.max_positions:
         raise ValueError(f"--max_length {args.max_length} exceeds the model's "
                          f"{model.config.max_positions} positions")

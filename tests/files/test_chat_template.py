@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from chat_templates import HARD_TEXTS, SENTENCEPIECE_TEMPLATES, TEMPLATES, dialogues_of_text
 
-from files.chat_template import TemplateRefusal, merge_neighbours
+from data import Record
+from files.chat_template import merge_neighbours
+from packing import make_trees
 from tokenizer import VICUNA_JINJA, VICUNA_STARTS, Tokenizer, dialogue_text, encode_dialogue
 
 pytest.importorskip("jinja2")
@@ -117,8 +119,11 @@ def test_neighbours_of_one_role_are_merged_where_a_template_refuses_them(tokeniz
     assert encode_dialogue(lenient, turns) != encode_dialogue(lenient, merged)
     for wrong in ([("Assistant", "a"), ("Human", "b")],
                   [("Human", "a"), ("Assistant", "b"), ("Assistant", "c")]):
-        with pytest.raises(TemplateRefusal, match="given.jinja.*'a'"):
+        with pytest.raises(ValueError, match="given.jinja.*'a'"):
             encode_dialogue(strict, wrong)
+    row = Record((("Assistant", "a"), ("Human", "b")), ("c",), (1.0,), "rows.jsonl:7")
+    with pytest.raises(ValueError, match="rows.jsonl:7: .*given.jinja refuses a dialogue"):
+        make_trees([row], strict)
     with pytest.raises(ValueError, match="unknown role 'Tool'"):
         encode_dialogue(lenient, [("Tool", "a")])
 
@@ -151,6 +156,21 @@ def test_tags_and_blocks_as_transformers_has_them(tokenizer_of):
         "{% if strftime_now is defined or tools is not none %}{{ 1 / 0 }}{% endif %}")
     assert dialogue_text(tokenizer, [("Human", "a"), ("Assistant", "b"), ("Human", "c"),
                                      ("Assistant", "d")]) == ("U:a\nA:b</s>U:c\nA:", "d</s>")
+
+
+@pytest.mark.parametrize("answer", ["(a) yes", "[1]", "plain"])
+def test_the_prompts_ids_begin_the_dialogues_whatever_the_answer(answer, tmp_path, shared_data):
+    # Mistral's "[/INST]" and an answer that starts with a bracket share a piece, "](": the model is
+    # asked after "]", so that is what the answer follows in training, too.
+    (tmp_path / "mistral.jinja").write_text(TEMPLATES["Mistral"])
+    tokenizer = Tokenizer(str(shared_data / "llama2_tokenizer"),
+                          chat_template=str(tmp_path / "mistral.jinja"))
+    asked, _ = encode_dialogue(tokenizer, [("Human", "a")])
+    prompt_ids, response_ids = encode_dialogue(tokenizer, [("Human", "a"), ("Assistant", answer)])
+    assert prompt_ids == asked and tokenizer.decode(response_ids) == answer
+    assert encode_dialogue(tokenizer, [("Assistant", answer)])[1] == response_ids
+    joined = tokenizer.encode(f"[INST] a [/INST]{answer}", continues=True)
+    assert ([1, *joined, 2] == prompt_ids + response_ids) == (answer == "plain")
 
 
 # ---- what a message cannot say ------------------------------------------------------------------

@@ -34,6 +34,10 @@ def test_a_large_file_is_known_by_its_size_header_and_blocks(tmp_path, monkeypat
     assert fingerprint(str(file)) == whole                   # the time is no part of it
     file.rename(tmp_path / "pytorch_model.bin")              # no header there: blocks alone
     assert fingerprint(str(tmp_path / "pytorch_model.bin")) != whole
+    file.write_bytes(bytes(5000))
+    zeros = fingerprint(str(file))
+    file.write_bytes(bytes(5001))
+    assert fingerprint(str(file)) != zeros                   # of one content, but for the size
     file.write_bytes(raw[:128])
     assert fingerprint(str(file)) == sha256(str(file))       # a small one is read whole
 

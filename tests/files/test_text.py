@@ -23,8 +23,8 @@ def test_the_start_of_a_file_gives_its_likely_cause(tmp_path, content, cause):
 
 def test_json_comes_back_and_anything_else_is_refused_by_file_name(tmp_path):
     file = tmp_path / "file.json"
-    write_json(str(file), {"π": [1, 2.5, None]})
-    assert read_json(str(file)) == {"π": [1, 2.5, None]} and file.read_text().endswith("}\n")
+    write_json(str(file), {"π": [1, 2.5, None, 1e30, -1e-300]})           # --log_z 1e30
+    assert read_json(str(file)) == {"π": [1, 2.5, None, 1e30, -1e-300]} and file.read_text().endswith("}\n")
     for content, sentence in ((b"{", "not JSON"), (b"", "not JSON"), (b"\xff", "not JSON"),
                               (b"[]", "not a JSON object"), (b"null", "not a JSON object"),
                               (b"<html>", "this is a web page")):

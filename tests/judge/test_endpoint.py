@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.05)
             return
-        if kind == "huge" and count == 1:
+        if kind == "flood" or kind == "huge" and count == 1:
             return self.reply(200, b" " * (5 << 20) + json.dumps(good).encode())
         if kind == "nested":
             return self.reply(200, b"[" * 100_000)
@@ -188,7 +188,8 @@ def test_a_reply_without_end_is_left_and_asked_again(ask, server, kind):
 
 
 def test_hostile_replies_end_in_one_sentence_without_control_characters(ask, capsys):
-    for kind, sentence in (("nested", "200: [[["), ("escape", r"HTTP 400: \x1b[2Jgone\x07 (after")):
+    for kind, sentence in (("nested", "200: [[["), ("flood", "a reply of more than 4 MiB"),
+                           ("escape", r"HTTP 400: \x1b[2Jgone\x07 (after")):
         with pytest.raises(SystemExit) as left:
             run_cli(lambda kind=kind: ask(kind, "a"))
         error = capsys.readouterr().err.splitlines()[-1]

@@ -5,6 +5,7 @@ import sys
 import pytest
 from conftest import write_jsonl
 
+from files.lock import locked
 from judge.__main__ import main
 from judge.questions import read_questions
 
@@ -77,3 +78,12 @@ def test_flags_outside_their_range_are_named(tmp_path, flag, value):
     with pytest.raises(ValueError, match=f"--{flag} 0.* must be"):
         main(["ask", "q.jsonl", "--url", "http://127.0.0.1:9/v1", "--model", "m",
               "--out", str(tmp_path / "out.jsonl"), f"--{flag}", value])
+
+
+def test_one_process_asks_for_a_file_of_answers(files):
+    # Two would ask, and pay for, every question twice.
+    out = str(files / "answers.jsonl")
+    with locked(out + ".lock", out), pytest.raises(ValueError, match=f"{out} is in use by process"):
+        main(["ask", str(files / "questions.jsonl"), "--url", "http://127.0.0.1:9", "--model", "m",
+              "--out", out])
+    assert not (files / "answers.jsonl").exists()

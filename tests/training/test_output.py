@@ -227,12 +227,16 @@ def test_a_folder_that_is_deleted_during_a_run_is_an_error(tmp_path, tiny_model,
                                                           capsys):
     # Before, the next checkpoint made it anew, without args.json, and the run ended with code 0.
     for logging_steps in ("1", "100"):
-        def loss(policy_logps, reference_logps, stream, objective):
-            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        steps = []
+
+        def loss(policy_logps, reference_logps, stream, objective, steps=steps):
+            steps.append(stream)
+            if len(steps) == 2:
+                shutil.rmtree(tmp_path / "run")
             return sft_loss(policy_logps)
         _, *argv = map(str, train_flags(
             tiny_model, pairs_file, tmp_path / "run", "--method", "stopping", "--max_steps", "4",
-            "--logging_steps", logging_steps, "--save_steps", "1"))
+            "--logging_steps", logging_steps, "--save_steps", "1", "--micro_tokens", "8192"))
         with pytest.raises(SystemExit) as left:
             run_cli(lambda: train.main(argv, METHODS | {"stopping": Method(
                 loss, "positive", "none")}))

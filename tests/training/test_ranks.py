@@ -112,9 +112,11 @@ def test_what_ends_a_rank_ends_all_with_one_sentence_and_they_can_be_restarted(t
     run = subprocess.run(torchrun(script, "--max-restarts=2"), env=ONE_THREAD, cwd=tmp_path,
                          capture_output=True, text=True, timeout=50)
     sentences = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert sentences == [
+    # after the SIGKILL of the first attempt torchrun may end the other rank before that notices
+    assert sentences[:-2] in ([], [
         "error: another process of this run ended, and this one cannot go on without it; the same "
-        "command continues", "error: bad file on rank 1", "error: the same bad file everywhere"]
+        "command continues"])
+    assert sentences[-2:] == ["error: bad file on rank 1", "error: the same bad file everywhere"]
     report = run.stderr.rpartition("script.py FAILED")[2]
     assert report.count("exitcode  : 2 ") == 2, run.stderr
     assert report.splitlines()[-2] == "  traceback : error: the same bad file everywhere"
