@@ -6,14 +6,14 @@
 
 A tree of D2O is [negative, anchor 1 .. K]: 1 + K responses share one prompt. Anchors are samples of
 the policy as it was at step 0, which is the base model; with --refresh_anchors n, of the policy at
-step 0, n, 2n, ..., for the n steps that follow. Their log-probs under the two frozen references are
+step 0, n, 2n, ..., for the n steps that follow. Their log-probs under the frozen reference are
 computed then. Both are written to OUT/anchors-STEP.jsonl, anchors as the ids that were sampled,
 never as text that would be tokenized anew; a training step runs no reference.
 
 Anchors of the policy of the very same step (--refresh_anchors 1) carry no signal: over y ~ π the
 mean of grad log π(y) is 0, so that all they add is noise. They must come from another policy.
 
-New anchors have a drawback: they are not samples of π_r-, so once the policy has moved log π/π_r-
+New anchors have a drawback: they are not samples of π_r, so once the policy has moved log π/π_r
 is large on them, and the loss small without any step.
 
 An anchor that reached --anchor_tokens before EOS stays as it is, without EOS, as a cut response
@@ -30,74 +30,20 @@ from files.rows import TEXT, get_texts, get_value
 from files.rows import read_rows as read_data
 from generate import Sampling, generate, row_seeds
 from model import Llama
-from packing import MAX_RESPONSES, Tree, truncate
+from packing import Tree, truncate
 from step import Compute, Reference, reference_logps
 from training.ranks import Ranks
 from training.reference_cache import read_rows, write_rows
 
 CACHE_TOKENS = 8      # KV-cache tokens per --micro_tokens: a token of a backward pass takes more
-
-FLAGS = {             # name: type, default, help
-    "num_anchors": (int, 11, f"self-generated responses per prompt, 1 to {MAX_RESPONSES - 1}"),
-    "alpha": (float, None, "weight of the negative's log-ratio (default: --beta, as in the paper)"),
-    "refresh_anchors": (int, 0, "steps after which new anchors are sampled from the policy; 0: "
-                                "only from the base model. Warning: 1 makes anchors of the "
-                                "current policy, whose expected gradient is zero: noise"),
-    "anchors": (str, None, "file of completions that were sampled elsewhere, see docs/usage.md; "
-                           "STEP in its name stands for the step of each refresh"),
-    "anchor_tokens": (int, 256, "an anchor ends here, or after EOS"),
-    "anchor_temperature": (float, 0.8, "divides the logits when anchors are sampled"),
-    "anchor_top_p": (float, 0.9, "anchors are sampled from the smallest set of this mass"),
-    "reference_plus": (str, None, "π_r+, under the negatives: PEFT folder (default: the base)"),
-    "reference_minus": (str, None, "π_r-, under the anchors: PEFT folder (default: the base)"),
-}
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    flag = parser.add_argument_group("d2o").add_argument
-    for name, (kind, default, text) in FLAGS.items():
-        flag(f"--{name}", type=kind, default=default, help=text)
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError, naming the flag, for values out of range, and for flags without d2o."""
-    if args.method != "d2o":
-        given = [f"--{name}" for name, (_, default, _) in FLAGS.items()
-                 if getattr(args, name) != default]
-        if given:
-            raise ValueError(f"{', '.join(given)}: only --method d2o reads this, not {args.method}")
-        return
-    if not 1 <= args.num_anchors < MAX_RESPONSES:
-        raise ValueError(f"--num_anchors {args.num_anchors} must be in [1, {MAX_RESPONSES - 1}]: a "
-                         f"tree holds {MAX_RESPONSES} responses, and one is the negative")
-    if args.refresh_anchors < 0 or not 0 <= (args.alpha or 0) < float("inf"):
-        raise ValueError(f"--refresh_anchors {args.refresh_anchors} and --alpha {args.alpha} must "
-                         "be at least 0, and finite")
-    if not (0 < args.anchor_temperature < float("inf") and 0 < args.anchor_top_p <= 1):
-        raise ValueError(
-            f"--anchor_temperature {args.anchor_temperature} must be above 0 (at 0 all anchors of "
-            f"a prompt are equal), and --anchor_top_p {args.anchor_top_p} in (0, 1]")
-    if not 1 <= args.anchor_tokens <= args.max_length - args.max_prompt_length:
-        raise ValueError(f"--anchor_tokens {args.anchor_tokens} must be in [1, "
-                         f"{args.max_length - args.max_prompt_length}], the room that --max_length "
-                         f"{args.max_length} leaves after --max_prompt_length "
-                         f"{args.max_prompt_length}")
-    if args.anchors and args.refresh_anchors and (
-            "STEP" not in args.anchors or args.refresh_anchors % args.save_steps):
-        raise ValueError(
-            f"--anchors {args.anchors} with --refresh_anchors {args.refresh_anchors}: each refresh "
-            "needs a file of its own (write STEP in the name) and a checkpoint to sample from: "
-            f"--save_steps {args.save_steps} must divide {args.refresh_anchors}")
-    if args.anchors and not os.path.isfile(file := args.anchors.replace("STEP", "0")):
-        raise FileNotFoundError(f"--anchors: {file}: no such file")
-
+TEMPERATURE, TOP_P = 0.8, 0.9      # of the samples; for others see --anchors
 
 @dataclass(frozen=True)
 class AnchorSource:
     """All that D2O's anchors depend on."""
     output_dir: str
     model: Llama                    # the policy, which they are sampled from
-    references: tuple[Reference, Reference]     # π_r+ of the negatives, π_r- of the anchors
+    reference: Reference            # the paper's π_r+ and π_r-, which are one in its experiments
     trees: list[Tree]               # one negative each, see `one_negative_per_tree`
     batches: list[list[int]]        # tree numbers of every step of the run
     refresh: int                    # steps between new anchors; 0: none
@@ -227,7 +173,7 @@ def read_given_anchors(args: argparse.Namespace, trees: list[Tree], tokenizer: T
 
 def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
                 given: dict[int, list[list[int]]] | None = None) -> list[dict]:
-    """Lines of a file of anchors: K samples for each of these trees, and the references' log-probs.
+    """Lines of a file of anchors: K samples for each of these trees, and the reference's log-probs.
 
     step     the current step, whose policy the model is
     numbers  of the trees
@@ -243,15 +189,13 @@ def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
         anchor_ids = generate(source.model, prompts, **vars(sampling), generator=seeds)
     anchored = [add_anchors(trees[number], anchor_ids[i * count:(i + 1) * count])
                 for i, number in enumerate(numbers)]
-    reference_plus, reference_minus = source.references
-    negative_logps = reference_logps(reference_plus, anchored, lambda score: score == 0,
-                                     source.mean_logps, source.compute)
-    anchor_logps = reference_logps(reference_minus, anchored, lambda score: score == 1,
-                                   source.mean_logps, source.compute)
+    negatives, anchors = (                   # apart: together would be another order of sums
+        reference_logps(source.reference, anchored, lambda score, z=z: score == z,
+                        source.mean_logps, source.compute) for z in (0, 1))
     return [{"tree": number, "anchor_ids": tree.response_ids[1:],
-             "reference_logps": negative[:1] + anchors[1:]}
-            for number, tree, negative, anchors in zip(
-                numbers, anchored, negative_logps, anchor_logps)]
+             "reference_logps": of_negative[:1] + of_anchors[1:]}
+            for number, tree, of_negative, of_anchors in zip(
+                numbers, anchored, negatives, anchors, strict=True)]
 
 
 def anchored_trees(source: AnchorSource, step: int) -> dict[int, Tree]:

@@ -13,6 +13,22 @@ if __name__ == "__main__":
     catch_interrupts()
 
 import argparse
+
+from files.cli import Parser, parse_first, run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="output folders of train.py")
+    parser.add_argument("--dataset", help="evaluate on this data, not on what the run held out")
+    parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
+    parser.add_argument("--json", help="also write the world's table here")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +37,6 @@ import torch
 from torch import Tensor
 
 from data import Tokenizer, encode_dialogue
-from files.cli import Parser, run_cli
 from files.config import read_config
 from files.text import write_json
 from intervals import bootstrap, wins
@@ -374,12 +389,7 @@ def evaluate_runs(paths: Sequence[str], dataset: str | None, beta: float | None,
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="output folders of train.py")
-    parser.add_argument("--dataset", help="evaluate on this data, not on what the run held out")
-    parser.add_argument("--beta", type=float, help="of rewards and of pi* (default: the run's)")
-    parser.add_argument("--json", help="also write the world's table here")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     evaluate_runs(args.runs, args.dataset, args.beta, args.json)
 
 

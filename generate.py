@@ -15,6 +15,45 @@ if __name__ == "__main__":
     catch_interrupts()
 
 import argparse
+
+from files.cli import (SEEDS, Help, Parser, check_ranges, parse_first, run_cli, time_left,
+                       visible)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=Help)
+    flag = parser.add_argument
+    flag("--model", required=True, help="Hugging Face folder of a Llama, with its tokenizer")
+    flag("--adapter", nargs="+", help="PEFT folders in training order, as RUN/final of train.py")
+    flag("--reference", action="store_true", help="turn the last adapter off")
+    flag("--chat_template", help="as in train.py (default: that of the run which made the model)")
+    flag("--bf16", action="store_true", help="load weights in bf16, not float32")
+    flag("--prompt", help="answer this one question and exit")
+    flag("--dataset", help="answer every record's prompt of this file (see data.py)")
+    flag("--out", help="file of JSON lines for --dataset")
+    flag("--overwrite", action="store_true", help="replace --out")
+    flag("--batch_size", type=int, default=16, help="prompts at a time with --dataset")
+    flag("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
+    flag("--temperature", type=float, help="divides the logits; 0: greedy, as with --prompt "
+         "where it is not given; else the default is 0.7")
+    flag("--top_p", type=float, default=1.0, help="sample from the smallest set of this mass")
+    flag("--seed", type=int, default=0, help="of the sampling; every row's seed is drawn from it")
+    args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.7 if args.prompt is None else 0.0
+    if args.reference and not args.adapter:
+        raise ValueError("--reference turns off an --adapter, and none was given")
+    if (args.dataset is None) != (args.out is None) or (args.dataset and args.prompt is not None):
+        raise ValueError("--dataset and --out go together, and without --prompt")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty")
+    check_ranges(args, ("batch_size",), {"seed": SEEDS})
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)          # before torch, which takes seconds to import
+
 import json
 import sys
 import time
@@ -27,7 +66,6 @@ import torch
 from torch import Tensor
 
 from data import ROLES, Record, Tokenizer, encode_dialogue, read_prompts
-from files.cli import SEEDS, Help, Parser, check_ranges, run_cli, time_left, visible
 from files.text import append_text
 from kernels.attention import attention_segments
 from lora import load_adapter, lora_disabled, start_from_adapter
@@ -292,37 +330,6 @@ def answer_file(model: Llama, tokenizer: Tokenizer, records: list[Record], out: 
         print(f"{batch.stop}/{len(records)} answers  {num_tokens / seconds:.0f} tokens/s  "
               f"{time_left(seconds, batch.stop - done, len(records) - done)}",
               file=sys.stderr, flush=True)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=Help)
-    flag = parser.add_argument
-    flag("--model", required=True, help="Hugging Face folder of a Llama, with its tokenizer")
-    flag("--adapter", nargs="+", help="PEFT folders in training order, as RUN/final of train.py")
-    flag("--reference", action="store_true", help="turn the last adapter off")
-    flag("--chat_template", help="as in train.py (default: that of the run which made the model)")
-    flag("--bf16", action="store_true", help="load weights in bf16, not float32")
-    flag("--prompt", help="answer this one question and exit")
-    flag("--dataset", help="answer every record's prompt of this file (see data.py)")
-    flag("--out", help="file of JSON lines for --dataset")
-    flag("--overwrite", action="store_true", help="replace --out")
-    flag("--batch_size", type=int, default=16, help="prompts at a time with --dataset")
-    flag("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
-    flag("--temperature", type=float, help="divides the logits; 0: greedy, as with --prompt "
-         "where it is not given; else the default is 0.7")
-    flag("--top_p", type=float, default=1.0, help="sample from the smallest set of this mass")
-    flag("--seed", type=int, default=0, help="of the sampling; every row's seed is drawn from it")
-    args = parser.parse_args(argv)
-    if args.temperature is None:
-        args.temperature = 0.7 if args.prompt is None else 0.0
-    if args.reference and not args.adapter:
-        raise ValueError("--reference turns off an --adapter, and none was given")
-    if (args.dataset is None) != (args.out is None) or (args.dataset and args.prompt is not None):
-        raise ValueError("--dataset and --out go together, and without --prompt")
-    if args.prompt is not None and not args.prompt.strip():
-        raise ValueError("--prompt is empty")
-    check_ranges(args, ("batch_size",), {"seed": SEEDS})
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:

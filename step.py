@@ -41,7 +41,7 @@ class Method:
                          # negatives, each beside samples of the model itself
     reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
     reward_model: bool = False       # trains an adapter and a score head, not a policy
-    mean_logps: bool = False         # takes length averages, whatever --logp_reduction is
+    mean_logps: bool = False         # takes length averages, whatever --reduction is
     log_z: str = "fixed"             # "running" or "mismatched": estimated, see training/log_z.py
 
 

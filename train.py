@@ -16,10 +16,11 @@ ranks).
 if __name__ == "__main__":
     from files.interrupt import catch_interrupts
     catch_interrupts()
+    from files.cli import parse_first
+    from training.flags import parse_args
+    parse_first(lambda: parse_args(description=__doc__))
 
 import argparse
-import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -30,25 +31,30 @@ import torch
 from torch import Tensor
 
 import d2o
-from files.cli import SEEDS, Help, Parser, check_ranges, run_cli, time_left
+from files.cli import run_cli, time_left
 from generate import Sampling
 from kernels import choose_linear_logps
-from kernels.attention import ATTENTIONS, choose_attention
-from lora import read_adapter_config
+from kernels.attention import choose_attention
 from model import Llama
 from packing import Stream, shard
 from step import (METHODS, METRICS, Compute, Method, Objective, Reference, batch_counts,
                   group_trees, loss_weights, metric_sums, micro_batches, scored_hidden,
                   stream_rewards)
-from training.checkpoint import resume, save_final, save_or_stop, starts_from, trainable
+from training.checkpoint import check_sft_adapter, resume, save_final, save_or_stop, trainable
+from training.flags import parse_args
 from training.log_z import LogZ
 from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
-from training.ranks import (Ranks, all_reduce_gradients_, clip_gradients_, learning_rate, running)
+from training.ranks import (MAX_GRAD_NORM, Ranks, all_reduce_gradients_, clip_gradients_,
+                            learning_rate, running)
 from training.reference_cache import cache_reference, reference_key
 from training.setup import Setup, describe_reference, set_up
 from training.start_check import CHECKED_DEVICES, check_start
 from ulma import response_logps
-from world import WORLD_FLAGS, base_model, data_file, ensure_world
+from world import base_model, data_file, ensure_world
+
+KERNELS = {              # --kernels: what computes log-probs, and attention
+    "auto": ("auto", "auto"), "torch": ("torch", "dense"), "flex": ("triton", "flex"),
+    "triton": ("triton", "tree")}
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -100,8 +106,7 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
     """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
     model, batches, trees = setup.model, setup.batches, setup.trees
     parameters = list(trainable(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate,
-                                  weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
     warmup_steps = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
     first, state = resume(setup.folder, model, optimizer, ranks, len(batches))
     since_line, reward_sums = state or (None, None)
@@ -122,7 +127,7 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
             batch_counts(batch), log_z.objective_for(batch), compute)
         *totals, stop_signal = all_reduce_gradients_(
             parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
-        grad_norm = clip_gradients_(parameters, args.max_grad_norm, totals[0],
+        grad_norm = clip_gradients_(parameters, MAX_GRAD_NORM, totals[0],
                                     f"step {step + 1}, trees {batches[step]}")
         lr = learning_rate(step, args.learning_rate, warmup_steps, len(batches))
         for group in optimizer.param_groups:
@@ -176,124 +181,6 @@ class Log:
         self.sums.zero_()
 
 
-# ---- flags --------------------------------------------------------------------------------------
-
-def check_flags(args: argparse.Namespace, method: Method) -> None:
-    """Raise ValueError, naming the flag, for invalid values or combinations."""
-    zero_or_more = (0, math.inf)
-    check_ranges(args, ("batch_size", "micro_tokens", "logging_steps", "save_steps",
-                        "save_total_limit"), {
-        "held_out": (0, 1), "lora_dropout": (0, 1), "log_z": (-math.inf, math.inf), "seed": SEEDS,
-        **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs",
-                         "beta", "lora_alpha", "max_grad_norm"), zero_or_more)})
-    for path in filter(None, (args.sft_adapter, args.reference_plus, args.reference_minus)):
-        read_adapter_config(path, has_head=False)
-    before = args.sft_adapter and starts_from(args.sft_adapter)
-    output_dir = os.path.abspath(args.output_dir)
-    for refused, message in (
-        (bool(args.dataset) != bool(args.model_name_or_path),
-         "--dataset and --model_name_or_path go together (leave out both for the embedded world)"),
-        (method.reward_model and args.lora_r == 0,
-         f"--method {args.method} trains an adapter and a head; --lora_r must be at least 1"),
-        (before,
-         f"--sft_adapter {args.sft_adapter} is itself on top of {before}; merge both with "
-         "python -m tools.export, and pass the result as --model_name_or_path"),
-        (args.sft_adapter and output_dir == os.path.commonpath(
-            [os.path.abspath(args.sft_adapter), output_dir]),
-         f"--sft_adapter {args.sft_adapter} lies in --output_dir {args.output_dir}; choose another "
-         "--output_dir"),
-        (args.fsdp and (args.lora_r == 0 or args.sft_adapter or args.method == "d2o"),
-         "--fsdp shards the frozen weights under one adapter; it does not go with --lora_r 0, "
-         "--sft_adapter (merge it with python -m tools.export) or --method d2o"),
-        (args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2,
-         "--fsdp needs two or more processes: torchrun --nproc_per_node=2 train.py"),
-        (args.bf16 and args.lora_r == 0,
-         "--bf16 with --lora_r 0 would round AdamW's updates away; train all weights in float32"),
-    ):
-        if refused:
-            raise ValueError(message)
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    flag = parser.add_argument_group("adapter").add_argument
-    flag("--lora_r", type=int, default=8, help="rank; 0 trains all weights")
-    flag("--lora_alpha", type=float, default=32, help="scaling is alpha / r")
-    flag("--lora_dropout", type=float, default=0.1,
-         help="used only by methods without a reference")
-    flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], help="linear layers")
-    flag = parser.add_argument_group("size").add_argument
-    flag("--max_length", type=int, default=1024, help="tokens of prompt + response")
-    flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
-    flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
-    flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
-    flag("--fsdp", action="store_true", help="shard the frozen layers over all ranks, for a model "
-         "that one device cannot hold")
-    flag("--gradient_checkpointing", action="store_true",
-         help="run each layer again in the backward: less memory, a third more time")
-    flag("--attention", choices=("auto", *ATTENTIONS), default="auto",
-         help="see kernels/attention.py; auto: flex on a GPU, dense elsewhere")
-    flag("--kernels", choices=("auto", "triton", "torch"), default="auto",
-         help="log-probs by the Triton kernel or plain torch; auto: Triton on a GPU")
-
-
-def parse_args(argv: Sequence[str] | None = None,
-               methods: Mapping[str, Method] = METHODS) -> argparse.Namespace:
-    """The flags, checked; `methods` are what --method may name."""
-    parser = Parser(description=__doc__, formatter_class=Help, epilog=(
-        "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
-    flag = parser.add_argument_group("what").add_argument
-    flag("--method", choices=methods, default="ulma",
-         help="objective: ulma.py has the formulas, docs/usage.md what each trains on")
-    flag("--model_name_or_path", help="Hugging Face Llama folder (default: the embedded world's)")
-    flag("--chat_template", help="vicuna; model: the folder's own; or a jinja file (default: the "
-                                 "folder's chat_template.jinja, else vicuna; docs/usage.md)")
-    flag("--sft_adapter", help="PEFT folder, from train.py or not: policy and reference start from "
-                               "the model with this adapter")
-    flag("--dataset", help="HH, Golden HH, QA-feedback, red-team or JSONL file, .gz or not; a folder "
-                           "of them, or several with commas between "
-                           "(default: the embedded world's)")
-    flag("--held_out", type=float, default=0.0,
-         help="fraction of prompts never trained on (eval.py reads it from the run)")
-    flag("--output_dir", default="runs/METHOD", help="METHOD stands for --method")
-    flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
-    flag = parser.add_argument_group("objective").add_argument
-    flag("--beta", type=float, default=0.1, help="multiplies log pi/pi_ref: KL strength; "
-         "ipo's tau; simpo wants about 2, and its margin is half of it")
-    flag("--log_z", type=float, default=0.0, help="stand-in for beta log Z(x); 0 is the papers'; "
-         "added to what bco and kto estimate")
-    flag("--logp_reduction", choices=("sum", "mean"), default="sum",
-         help="log-prob of a response: sum (papers) or mean per token (authors' code)")
-    flag("--reduction", choices=("mean", "class"), default="mean",
-         help="mean over responses, or mean over positives + mean over the rest (authors' code)")
-    d2o.add_flags(parser)
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--learning_rate", type=float, default=1e-5, help="peak learning rate")
-    flag("--batch_size", type=int, default=64,
-         help="responses per step over all ranks; pairs for methods of pairs; prompts for d2o. "
-              "A prompt with more of them is a step of its own")
-    flag("--num_train_epochs", type=float, default=1.0, help="passes over the data")
-    flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
-    flag("--warmup_steps", type=float, default=0, help="linear warm-up; < 1 is a fraction")
-    flag("--weight_decay", type=float, default=0.0, help="AdamW weight decay")
-    flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
-    flag("--seed", type=int, default=42, help="seeds data order, initialisation and dropout")
-    add_model_flags(parser)
-    flag = parser.add_argument_group("logging and saving").add_argument
-    flag("--logging_steps", type=int, default=10, help="steps per logged line")
-    flag("--save_steps", type=int, default=100, help="steps per checkpoint")
-    flag("--save_total_limit", type=int, default=2, help="checkpoints kept, the newest")
-    args = parser.parse_args(argv)
-    if args.dataset is None:
-        parser.set_defaults(**WORLD_FLAGS)               # the flags that were given still win
-        args = parser.parse_args(argv)
-    args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
-    check_flags(args, methods[args.method])
-    d2o.check_flags(args)
-    if args.method == "d2o" and args.alpha is None:
-        args.alpha = args.beta
-    return args
-
-
 # ---- the run ------------------------------------------------------------------------------------
 
 def use_world(args: argparse.Namespace, method: Method, ranks: Ranks) -> None:
@@ -310,11 +197,10 @@ def make_anchor_source(args: argparse.Namespace, setup: Setup, objective: Object
                        compute: Compute, ranks: Ranks) -> d2o.AnchorSource:
     """Where D2O's anchors come from, by its flags."""
     return d2o.AnchorSource(
-        output_dir=args.output_dir, model=setup.model, references=setup.references,
+        output_dir=args.output_dir, model=setup.model, reference=setup.reference,
         trees=setup.trees, batches=setup.batches, refresh=args.refresh_anchors,
         num_anchors=args.num_anchors,
-        sampling=Sampling(args.anchor_tokens, args.anchor_temperature, args.anchor_top_p,
-                          setup.tokenizer.eos_ids,
+        sampling=Sampling(args.anchor_tokens, d2o.TEMPERATURE, d2o.TOP_P, setup.tokenizer.eos_ids,
                           setup.tokenizer.unused_ids(setup.model.config.vocab_size)),
         seed=args.seed, mean_logps=objective.mean_logps, compute=compute, ranks=ranks,
         given=partial(d2o.read_given_anchors, args, setup.trees, setup.tokenizer)
@@ -335,26 +221,27 @@ def with_cached_reference(args: argparse.Namespace, setup: Setup, objective: Obj
         return setup
     key = reference_key(
         setup.trees, args.model_name_or_path, args.sft_adapter, method.reference,
-        args.logp_reduction, args.bf16, args.micro_tokens, args.kernels, compute.attention)
+        objective.mean_logps, args.bf16, args.micro_tokens, compute.attention)
     trees = cache_reference(args.output_dir, key, setup.reference, setup.trees, objective, compute,
                             ranks)
-    return replace(setup, trees=trees, reference=partial(nullcontext, setup.model), references=())
+    return replace(setup, trees=trees, reference=partial(nullcontext, setup.model))
 
 
 def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
     """Run train.py; `methods` are what --method may name (study/ has some of its own)."""
-    args = parse_args(argv, methods)
+    args = parse_args(argv, methods, __doc__)
     method = methods[args.method]
+    check_sft_adapter(args.sft_adapter)
     with running() as (ranks, device):
-        compute = Compute(device, args.micro_tokens,
-                          choose_linear_logps(args.kernels, device.type),
-                          choose_attention(args.attention, device.type))
+        log_probs, attention = KERNELS[args.kernels]
+        compute = Compute(device, args.micro_tokens, choose_linear_logps(log_probs, device.type),
+                          choose_attention(attention, device.type))
         if args.dataset is None:
             use_world(args, method, ranks)
         objective = Objective(method, args.beta, args.log_z, args.alpha,
-                              args.logp_reduction == "mean", args.reduction)
-        inputs = (args.sft_adapter, args.reference_plus, args.reference_minus,
-                  args.anchors and args.anchors.replace("STEP", "0"))
+                              args.reduction in ("tokens", "authors"),
+                              "class" if args.reduction in ("class", "authors") else "mean")
+        inputs = args.sft_adapter, args.anchors and args.anchors.replace("STEP", "0")
         flags = run_flags(args, inputs, ranks, device) | {
             "reference": describe_reference(args, method)}
         with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):

@@ -77,7 +77,7 @@ def pointwise_dpo_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Te
     returns          [R] float   loss per response, nats
     Source: Eq. 8. Its gradient in h is σ(h) - z.
     Differs: Eq. 7 prints σ(1 - r) for 1 - σ(r), and section 4.3 swaps the two gradient weights;
-    the authors' trainer passes length averages (`--logp_reduction mean`).
+    the authors' trainer passes length averages (`--reduction tokens`).
     Note: BCO, arXiv:2404.04656, is this with log_z = -(running mean of beta (log π - log π_ref)).
     """
     reward_logits = beta * (policy_logps - reference_logps) + log_z              # [R]

@@ -33,11 +33,6 @@ from files.text import remove_leftovers, write_text
 from model import Llama, LlamaConfig, save_llama
 from tokenizer import VICUNA_SYSTEM
 
-# train.py's defaults on the world. Its rewards span 8 nats, so beta = 0.1 would ask for log-ratios
-# of 80; its model is 128 wide, so adapters sit on every layer and learn fast.
-WORLD_FLAGS = {"beta": 0.5, "learning_rate": 1e-3, "num_train_epochs": 2.0, "batch_size": 32,
-               "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                       "up_proj", "down_proj"]}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- the language -------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from files.interrupt import leave_at_once, speaks
 
@@ -105,14 +105,34 @@ def run_cli(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGINT, leave_at_once)
 
 
+def parse_first(parse: Callable[[], object]) -> None:
+    """Parse the command line before torch is imported, which takes seconds: --help, or a wrong
+    flag, ends the command here."""
+    try:
+        parse()
+    except INPUT_ERRORS as error:
+        leave(error, speaks())
+
+
 # ---- flags --------------------------------------------------------------------------------------
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag, and the file's header as it is written."""
+    """Defaults behind every flag that has one, and the file's header as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        without = action.default is None or action.default is False
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for wrong flags, and names the nearest one, instead of the usage of all."""
+    """Raises ValueError for wrong flags, and names the nearest one, instead of the usage of all.
+
+    elsewhere   {flag of another trainer: what to do here}, the end of the sentence on that flag
+    """
+
+    def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.elsewhere = elsewhere or {}
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -133,7 +153,8 @@ class Parser(argparse.ArgumentParser):
                     flag.startswith(name) for flag in flags):
                 near = difflib.get_close_matches(name, flags, 1)
                 raise ValueError(f"there is no flag {name}; " + (
-                    f"did you mean {near[0]}?" if near else f"there are {', '.join(flags)}"))
+                    self.elsewhere.get(name) or
+                    (f"did you mean {near[0]}?" if near else f"there are {', '.join(flags)}")))
         return super().parse_args(args, namespace)
 
 

@@ -21,17 +21,8 @@ if __name__ == "__main__":
     catch_interrupts()
 
 import argparse
-import os
 
-from files.cli import Parser, check_ranges, run_cli
-from files.lock import locked
-from files.text import write_json
-from judge.endpoint import ask_questions
-from judge.questions import read_answers, read_questions, write_questions, write_rewards
-from judge.score import report
-from packing import make_trees
-from step import tree_rewards
-from training.checkpoint import load_run, run_tokenizer
+from files.cli import Parser, check_ranges, parse_first, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,6 +51,21 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--margin", type=float, default=0.0, help="a reward gap up to it is a tie (0)")
     add.add_argument("--json", help="also write the table here")
     return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
+import os
+
+from files.lock import locked
+from files.text import write_json
+from judge.endpoint import ask_questions
+from judge.questions import read_answers, read_questions, write_questions, write_rewards
+from judge.score import report
+from packing import make_trees
+from step import tree_rewards
+from training.checkpoint import load_run, run_tokenizer
 
 
 def ask_reward_model(path: str, run: str, out: str) -> None:

@@ -37,7 +37,7 @@ def to_device(values: Tensor | list, device: torch.device | str) -> Tensor:
 
 
 def choose_attention(name: str, device_type: str) -> str:
-    """The attention for --attention "dense", "flex", "tree" or "auto", by name.
+    """The attention of this name: "dense", "flex", "tree", or "auto".
 
     name         "auto": dense on a CPU; flex on a GPU, where it was measured and is right (H100,
                  torch 2.11)
@@ -47,9 +47,9 @@ def choose_attention(name: str, device_type: str) -> str:
     if name == "auto":
         return "flex" if device_type == "cuda" else "dense"
     if name == "flex" and device_type != "cuda":
-        raise ValueError("--attention flex needs a GPU; dense runs everywhere")
+        raise ValueError("flex attention needs a GPU; --kernels torch runs everywhere")
     if name == "tree" and (problem := tree_attention_problem(device_type)):
-        raise ValueError(f"--attention tree cannot run: {problem}; dense runs everywhere")
+        raise ValueError(f"tree attention cannot run: {problem}; --kernels torch runs everywhere")
     return name
 
 

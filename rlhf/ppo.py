@@ -21,6 +21,9 @@ missing_eos_penalty is no part of Eq. 3: without it answers that never end cost 
 if __name__ == "__main__":
     from files.interrupt import catch_interrupts
     catch_interrupts()
+    from files.cli import parse_first
+    from rlhf.flags import build_parser
+    parse_first(build_parser(__doc__).parse_args)
 
 import argparse
 import math
@@ -36,11 +39,12 @@ from torch.nn import ModuleDict
 from torch.optim import Optimizer
 
 from data import print_counts, read_prompts, split_by_prompt
-from files.cli import SEEDS, Help, Parser, check_ranges, run_cli, time_left
+from files.cli import run_cli, time_left
 from generate import Sampling, row_seeds
 from lora import add_lora, add_score_head, load_adapter, share_base
 from model import Llama
 from packing import build_stream, epoch_batches, pack, plan_batches, shard, truncate
+from rlhf.flags import INHERITED, WORLD_FLAGS, build_parser, check_flags
 from rlhf.formulas import clipped_policy_loss, clipped_value_loss, gae, kl_penalised_rewards, whiten
 from rlhf.rollouts import (Rollout, batch_metrics, exchange, joined, sample_responses,
                            score_responses, token_values, true_rewards, world_rewards)
@@ -49,7 +53,8 @@ from tokenizer import Tokenizer, encode_dialogue
 from training.checkpoint import (RunFolder, base_name, load_run, read_run, resume, save_final,
                                  save_or_stop, trainable, trained_template)
 from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
-from training.ranks import (Ranks, all_reduce_gradients_, clip_gradients_, learning_rate, running)
+from training.ranks import (MAX_GRAD_NORM, Ranks, all_reduce_gradients_, clip_gradients_,
+                            learning_rate, running)
 from world import on_world
 
 
@@ -125,7 +130,7 @@ def update(args: argparse.Namespace, models: ModuleDict, optimizer: Optimizer,
             totals = accumulate_gradient(models, share, num_tokens, clipping, args.micro_tokens)
             totals = all_reduce_gradients_(
                 parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
-            grad_norm = clip_gradients_(parameters, args.max_grad_norm, totals[0],
+            grad_norm = clip_gradients_(parameters, MAX_GRAD_NORM, totals[0],
                                         f"step {step + 1}, prompts {numbers} of its batch")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -190,54 +195,13 @@ def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
         save_or_stop(setup.folder, step + 1, len(batches), models, optimizer, ranks, stop_signal)
 
 
-# On the embedded world, as train.py's: a small model takes large steps. 1e-2 is too large: most
-# mass left the valid answers, at a true reward of -5.5. The objective stops rising after some 30
-# steps.
-WORLD_FLAGS = {"learning_rate": 1e-3, "warmup_steps": 5, "batch_size": 19, "num_generations": 4,
-               "num_ppo_epochs": 2, "max_new_tokens": 48, "max_steps": 40}
-INHERITED = ("beta", "dataset", "held_out", "max_prompt_length")
 FIXED = ("model_name_or_path", "sft_adapter", "bf16", "lora_r", "lora_alpha",
          "lora_target_modules")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, checked; where they are not given, some are those of the reward model's run."""
-    parser = Parser(description=__doc__, formatter_class=Help, epilog=(
-        "defaults on the embedded world: " + ", ".join(f"{k} {v}" for k, v in WORLD_FLAGS.items())))
-    flag = parser.add_argument_group("what").add_argument
-    flag("--reward_model", required=True,
-         help="finished run of train.py --method …reward_model; its flags are the defaults of "
-              + ", ".join(INHERITED))
-    flag("--dataset", help="prompts: any file train.py reads")
-    flag("--held_out", type=float, help="fraction of prompts never sampled for")
-    flag("--output_dir", default="runs/METHOD", help="METHOD stands for rlhf or pointwise_rlhf")
-    flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
-    flag = parser.add_argument_group("objective").add_argument
-    flag("--beta", type=float, help="KL strength, TRL's kl_coef")
-    flag("--missing_eos_penalty", type=float, default=1.0,
-         help="taken off the reward of a response that was cut at max_new_tokens, nats")
-    flag("--gamma", type=float, default=1.0, help="discount per token")
-    flag("--lam", type=float, default=0.95, help="lambda of the advantages")
-    flag("--cliprange", type=float, default=0.2, help="of the policy's ratio")
-    flag("--cliprange_value", type=float, default=0.2, help="of the value, nats")
-    flag("--vf_coef", type=float, default=0.1, help="weight of the value loss")
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--learning_rate", type=float, default=1e-5, help="peak; then a cosine to 0")
-    flag("--batch_size", type=int, default=64, help="prompts per step over all ranks")
-    flag("--num_generations", type=int, default=1, help="responses sampled to each prompt")
-    flag("--num_ppo_epochs", type=int, default=4, help="passes over a batch")
-    flag("--num_mini_batches", type=int, default=1, help="updates per pass")
-    flag("--num_train_epochs", type=float, default=1.0, help="passes over the prompts")
-    flag("--max_steps", type=int, default=-1, help="overrides epochs if > 0")
-    flag("--warmup_steps", type=int, default=0, help="linear warm-up")
-    flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
-    flag("--seed", type=int, default=42, help="of order, sampling and initialisation")
-    flag = parser.add_argument_group("size, saving").add_argument
-    flag("--max_prompt_length", type=int, help="longer prompts lose their left end")
-    flag("--max_new_tokens", type=int, default=128, help="a response ends here, or after EOS")
-    flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
-    flag("--save_steps", type=int, default=20, help="steps per checkpoint")
-    flag("--save_total_limit", type=int, default=2, help="checkpoints kept, the newest")
+    parser = build_parser(__doc__)
     args = parser.parse_args(argv)
     run = read_run(args.reward_model)
     if not run["method"].endswith("reward_model"):
@@ -255,19 +219,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
     check_flags(args)
     return args
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError, naming the flag, for invalid values."""
-    check_ranges(args, (
-        "batch_size", "micro_tokens", "save_steps", "save_total_limit", "num_ppo_epochs",
-        "num_mini_batches", "num_generations", "max_new_tokens"), {
-        "held_out": (0, 1), "gamma": (0, 1), "lam": (0, 1), "cliprange": (0, 1), "seed": SEEDS} | {
-        name: (0, math.inf) for name in (
-            "beta", "learning_rate", "warmup_steps", "num_train_epochs", "vf_coef",
-            "max_grad_norm", "cliprange_value", "missing_eos_penalty")})
-    if args.max_prompt_length < 2:
-        raise ValueError(f"--max_prompt_length {args.max_prompt_length} must be at least 2")
 
 
 def tokenize_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Ranks) -> list[tuple]:
@@ -313,8 +264,7 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> Setup:
               f"{sum(p.numel() for p in trainable(policy).values()):,} of the policy, "
               f"{sum(p.numel() for p in trainable(value).values()):,} of the value function")
     return Setup(ModuleDict({"policy": policy, "value": value}), reward_model, prompts, batches,
-                 tokenizer, RunFolder(args.output_dir, base_name(args), args.save_steps,
-                                      args.save_total_limit))
+                 tokenizer, RunFolder(args.output_dir, base_name(args), args.save_steps))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,14 +18,33 @@ if __name__ == "__main__":
     catch_interrupts()
 
 import argparse
-import math
 import os
+
+from files.cli import Parser, parse_first, run_cli, time_left
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m study", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
+                        help="of study/tables.py (default: all)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="runs side by side, one thread each (default: the cores)")
+    parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
+    parser.add_argument("--report", action="store_true",
+                        help="train nothing; write tables and figures from OUT/runs.jsonl")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
-from files.cli import Parser, run_cli, time_left
 from study.report import write_report
 from study.rows import save_rows
 from study.runs import TUNING_SEED, Cell, Run, bounds, end_with_parent, execute
@@ -100,16 +119,7 @@ def execute_cells(cells: list[Cell], schedule: Schedule) -> list[dict]:
 # ---- the command line ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
-                        help="; ".join(TABLES) + " (default: all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="runs side by side, one thread each (default: the cores)")
-    parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
-    parser.add_argument("--report", action="store_true",
-                        help="train nothing; write tables and figures from OUT/runs.jsonl")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     if unknown := sorted(set(args.tables) - set(TABLES)):
         raise ValueError(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if args.workers < 1:

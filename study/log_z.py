@@ -19,8 +19,9 @@ from model import load_llama
 from packing import Stream
 from step import Method, Objective
 from tokenizer import Tokenizer, encode_dialogue
+from training.flags import WORLD_FLAGS
 from ulma import pointwise_dpo_loss
-from world import WORLD_FLAGS, answers, base_model, question, training_prompts, world_folder
+from world import answers, base_model, question, training_prompts, world_folder
 
 
 def outcome_rewards(prompt: tuple[str, str]) -> Tensor:

@@ -29,12 +29,14 @@ from study.datasets import RESPONSES, dataset_file
 from study.log_z import EXTRA_METHODS, outcome_rewards
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
-from world import WORLD_FLAGS, answers, base_model, held_out_prompts, training_prompts, world_folder
+from training.flags import WORLD_FLAGS
+from world import answers, base_model, held_out_prompts, training_prompts, world_folder
 
 ALL_METHODS = METHODS | EXTRA_METHODS            # what --method may name in a run of the study
 BETA, BATCH = WORLD_FLAGS["beta"], 32
 REWARD_MODEL_RATE, REWARD_MODEL_EPOCHS, PPO_STEPS = 3e-3, 2, 40
 TUNING_SEED, TUNING_PROMPTS = 0, 12
+RENAMED = {("logp_reduction", "mean"): ("reduction", "tokens")}      # in runs.jsonl: train.py's
 
 
 # ---- what is run --------------------------------------------------------------------------------
@@ -112,7 +114,8 @@ def arguments(run: Run) -> list[str]:
                  "batch_size": BATCH // 2 if method.trains_on == "pairs" else BATCH,
                  "lora_target_modules": " ".join(WORLD_FLAGS["lora_target_modules"])} | flags
     argv = []
-    for name, value in flags.items():
+    for flag in flags.items():
+        name, value = RENAMED.get(flag, flag)
         argv += [f"--{name}", *str(value).split(" ")]
     return argv
 

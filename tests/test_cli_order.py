@@ -55,8 +55,10 @@ CASES = [
      "runs/done holds a run with other flags"),
     (train.main, "--model_name_or_path MODEL --dataset data.jsonl --sft_adapter runs/done",
      "runs/done/adapter_config.json: no such file", "its result is runs/done/final"),
-    (train.main, "--model_name_or_path MODEL --dataset data.jsonl --method d2o --reference_plus "
-     "runs/killed/final", UNFINISHED),
+    (train.main, "--model_name_or_path MODEL --dataset data.jsonl --sft_adapter runs/killed/final",
+     UNFINISHED),
+    (train.main, "--per_device_train_batch_size 4", "there is no flag --per_device_train_batch_size; "
+     "--batch_size is a whole step's, over all ranks"),
     (train.main, "--model_name_or_path MODEL --dataset data.jsonl --lora_r 1000000000 --max_steps "
      "1 --seed 10000000000", "--seed 10000000000 must be a number in [-2147483648, 2147483647]"),
     (generate.main, f"{GENERATE} --adapter nothing", "there is no folder nothing"),

@@ -11,6 +11,7 @@ from conftest import need, save_tiny_model, write_jsonl
 import train
 from lora import save_adapter
 from step import METHODS
+from training import setup
 from training.ranks import Ranks
 from training.setup import set_up
 
@@ -18,6 +19,13 @@ trl, peft = need("trl"), need("peft")
 datasets, transformers = need("datasets"), need("transformers")
 
 STEPS, PAIRS, RATE = 20, 4, 1e-2                 # PAIRS of them in each step
+
+
+@pytest.fixture(autouse=True)
+def plain_settings(monkeypatch):
+    """A gradient norm that is always clipped to, and no dropout."""
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 0.5)
+    monkeypatch.setattr(setup, "LORA_DROPOUT", 0.0)
 
 
 def ours(folder, tiny_tokenizer, *flags):
@@ -34,8 +42,8 @@ def ours(folder, tiny_tokenizer, *flags):
             for n in range(STEPS * PAIRS)]
     argv = ["--model_name_or_path", model, "--dataset", write_jsonl(folder / "pairs.jsonl", rows),
             "--output_dir", str(folder / "run"), "--learning_rate", str(RATE), "--logging_steps",
-            "1", "--lora_r", "4", "--lora_alpha", "16", "--lora_dropout", "0",
-            "--lora_target_modules", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", *flags]
+            "1", "--lora_r", "4", "--lora_alpha", "16", "--lora_target_modules",
+            "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", *flags]
     start = set_up(train.parse_args(argv), METHODS, Ranks(), torch.device("cpu"))
     assert [len(batch) for batch in start.batches] == [PAIRS] * STEPS
     save_adapter(start.model, str(folder / "adapter"))
@@ -104,7 +112,7 @@ def test_dpo_is_that_of_trl_step_by_step(tmp_path, tiny_tokenizer):
     # 20 steps of AdamW on a cosine, clipped: an error of the loss, the mask, the reference, the
     # schedule or the optimizer shows in some number of some step.
     lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "dpo", "--batch_size",
-                               str(PAIRS), "--max_grad_norm", "0.5")
+                               str(PAIRS))
     config = trl.DPOConfig(beta=0.1, max_grad_norm=0.5, **settings(tmp_path))
     log = theirs(trl.DPOTrainer, config, dpo_rows(trees), model, tmp_path)
     assert lines[-1]["loss"] < 0.6 < 0.69 < lines[0]["loss"]            # it learned
@@ -112,11 +120,12 @@ def test_dpo_is_that_of_trl_step_by_step(tmp_path, tiny_tokenizer):
                              **REWARDS})
 
 
-def test_pointwise_dpo_on_pairs_is_trls_bco_pair(tmp_path, tiny_tokenizer):
+def test_pointwise_dpo_on_pairs_is_trls_bco_pair(tmp_path, tiny_tokenizer, monkeypatch):
     # They average over pairs the sum of a pair's two losses, we over responses: twice ours, and so
     # is the gradient, with the norm it is clipped to and the epsilon it meets in AdamW.
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 0.25)
     lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "pointwise_dpo",
-                               "--batch_size", str(2 * PAIRS), "--max_grad_norm", "0.25")
+                               "--batch_size", str(2 * PAIRS))
     config = trl.DPOConfig(beta=0.1, loss_type="bco_pair", max_grad_norm=0.5,
                            **settings(tmp_path, adam_epsilon=2e-8))
     log = theirs(trl.DPOTrainer, config, dpo_rows(trees), model, tmp_path)
@@ -127,7 +136,7 @@ def test_kto_is_that_of_trl_step_by_step(tmp_path, tiny_tokenizer):
     # z0 of every batch from the same mismatched responses: each prompt with the two of the prompt
     # before it. It is above 0 in most steps, so an error of it would show in the loss.
     lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "kto", "--batch_size",
-                               str(2 * PAIRS), "--max_grad_norm", "0.5")
+                               str(2 * PAIRS))
     rows = [{"prompt_ids": tree.prompt_ids, "completion_ids": tree.response_ids[k],
              "KL_completion_ids": trees[n - n % PAIRS + (n - 1) % PAIRS].response_ids[k],
              "label": tree.scores[k] == 1} for n, tree in enumerate(trees) for k in (0, 1)]
@@ -143,7 +152,7 @@ def test_kto_is_that_of_trl_step_by_step(tmp_path, tiny_tokenizer):
 def test_ipo_with_length_averages_is_trls(tmp_path, tiny_tokenizer):
     # TRL averages over length; so do we when asked, then also in the logged rewards (theirs: sums).
     lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "ipo", "--batch_size",
-                               str(PAIRS), "--logp_reduction", "mean", "--max_grad_norm", "0.5")
+                               str(PAIRS), "--reduction", "tokens")
     config = trl.DPOConfig(beta=0.1, loss_type="ipo", max_grad_norm=0.5, **settings(tmp_path))
     log = theirs(trl.DPOTrainer, config, dpo_rows(trees), model, tmp_path)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
@@ -152,13 +161,13 @@ def test_ipo_with_length_averages_is_trls(tmp_path, tiny_tokenizer):
 
 def test_sft_is_trls_with_responses_of_one_length(tmp_path, tiny_tokenizer):
     # They average over the tokens of a batch, we over responses the sum (papers) or the average
-    # (--logp_reduction mean) of each. For responses of one length the last is the first.
+    # (--reduction tokens) of each. For responses of one length the last is the first.
     lines, trees, model = ours(tmp_path, tiny_tokenizer, "--method", "sft", "--batch_size",
-                               str(PAIRS), "--logp_reduction", "mean")
+                               str(PAIRS), "--reduction", "tokens")
     assert len({len(ids) for tree in trees for ids in tree.response_ids}) == 1
     rows = [{"input_ids": tree.prompt_ids + tree.response_ids[0],
              "labels": [-100] * len(tree.prompt_ids) + tree.response_ids[0]} for tree in trees]
-    config = trl.SFTConfig(max_grad_norm=1.0, **settings(tmp_path))
+    config = trl.SFTConfig(max_grad_norm=0.5, **settings(tmp_path))
     log = theirs(trl.SFTTrainer, config, rows, model, tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     assert_same(log, lines, {"loss": "loss", "grad_norm": "grad_norm"})

@@ -121,7 +121,7 @@ def test_a_reward_model_learns_a_word_and_eval_measures_it(tmp_path, tiny_model,
     # Good answers end in "yes", bad ones in "no": on prompts never trained on it must be right
     # nearly always, and length must not help (both sides have 1 to 12 words).
     finish(tiny_model, pairs_file, tmp_path / "run", "--method", "reward_model", "--held_out",
-           "0.3", "--num_train_epochs", "8", "--learning_rate", "1e-2", "--lora_dropout", "0")
+           "0.3", "--num_train_epochs", "8", "--learning_rate", "1e-2")
     shown = conftest.finish("eval.py", tmp_path / "run")
     lines = [line for line in shown.splitlines() if "accuracy of" in line]
     accuracy, length = (float(line.split("[")[0].split()[-1]) for line in lines)

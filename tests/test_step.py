@@ -116,7 +116,7 @@ def test_every_method_equals_the_plain_padded_implementation(name):
 
 @pytest.mark.parametrize("name", ["ulma", "pointwise_dpo", "unlikelihood", "kto"])
 def test_the_authors_reductions_equal_the_plain_implementation(name):
-    # --logp_reduction mean --reduction class, with class counts of the whole batch
+    # --reduction authors, with class counts of the whole batch
     trees = make_trees()
     loss, grad = gradient(trees, name, reduction="class", mean_logps=True,
                           compute=Compute(micro_tokens=30))

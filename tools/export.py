@@ -11,13 +11,33 @@ if __name__ == "__main__":
     from files.interrupt import catch_interrupts
     catch_interrupts()
 
+import argparse
+
+from files.cli import Help, Parser, parse_first, run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--model", required=True, help="Hugging Face Llama folder, with tokenizer")
+    parser.add_argument("--adapter", required=True, nargs="+",
+                        help="PEFT folders, in the order they were trained")
+    parser.add_argument("--out", required=True, help="folder to write; new or empty")
+    parser.add_argument("--chat_template", help="vicuna, model or a jinja file (default: what the "
+                                                "adapters were trained on)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the weights written")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
 import math
 import os
 
 import torch
 from torch import Tensor
 
-from files.cli import Help, Parser, run_cli
 from files.text import write_folder
 from lora import merge_lora, start_from_adapter, updated_layers, weight_update
 from model import Llama, linear, load_llama, save_llama
@@ -117,16 +137,7 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype,
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--model", required=True, help="Hugging Face Llama folder, with tokenizer")
-    parser.add_argument("--adapter", required=True, nargs="+",
-                        help="PEFT folders, in the order they were trained")
-    parser.add_argument("--out", required=True, help="folder to write; new or empty")
-    parser.add_argument("--chat_template", help="vicuna, model or a jinja file (default: what the "
-                                                "adapters were trained on)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of the weights written")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     export(args.model, args.adapter, args.out, getattr(torch, args.dtype), args.chat_template)
 
 

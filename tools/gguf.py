@@ -9,6 +9,23 @@ if __name__ == "__main__":
     from files.interrupt import catch_interrupts
     catch_interrupts()
 
+import argparse
+
+from files.cli import Parser, parse_first, run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="a Llama in GGUF")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not be there")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="of the weights written")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
 import math
 import os
 import struct
@@ -19,7 +36,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from files.cli import Parser, run_cli
 from files.config import Llama3Rope, LlamaConfig, write_config
 from files.text import write_folder, write_json, write_text
 from files.weights import write_weights
@@ -287,12 +303,7 @@ def convert(file: str, out: str, dtype: torch.dtype) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="a Llama in GGUF")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not be there")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="of the weights written")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     convert(args.file, args.out, getattr(torch, args.dtype))
 
 

@@ -12,6 +12,24 @@ if __name__ == "__main__":
     from files.interrupt import catch_interrupts
     catch_interrupts()
 
+import argparse
+
+from files.cli import Help, Parser, check_ranges, parse_first, run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__, formatter_class=Help)
+    parser.add_argument("runs", nargs="+", help="output folders of train.py")
+    parser.add_argument("--html", help="also write a page to this file")
+    parser.add_argument("--dataset", help="show records of this file, not what the run held out")
+    parser.add_argument("--beta", type=float, help="factor of the values; without, the run's own")
+    parser.add_argument("--first", type=int, default=3, help="number of records to show")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
 import codecs
 import html
 import os
@@ -21,7 +39,6 @@ from dataclasses import dataclass
 import torch
 
 from data import Record, Tokenizer
-from files.cli import Help, Parser, check_ranges, run_cli
 from files.cli import visible as escaped
 from files.text import write_text
 from model import Llama
@@ -259,13 +276,7 @@ def page(runs: dict[str, list[Response]]) -> str:
 # ---- the command --------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=Help)
-    parser.add_argument("runs", nargs="+", help="output folders of train.py")
-    parser.add_argument("--html", help="also write a page to this file")
-    parser.add_argument("--dataset", help="show records of this file, not what the run held out")
-    parser.add_argument("--beta", type=float, help="factor of the values; without, the run's own")
-    parser.add_argument("--first", type=int, default=3, help="number of records to show")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     check_ranges(args, ("first",), {})
     runs = {}
     for path in args.runs:

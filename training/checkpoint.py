@@ -41,6 +41,7 @@ from training.ranks import Ranks
 
 
 STATE = "trainer_state.json"
+CHECKPOINTS = 2                          # that stay, the newest
 
 
 # ---- which model a run starts from --------------------------------------------------------------
@@ -57,6 +58,17 @@ def starts_from(adapter: str) -> str | None:
     if not os.path.isfile(file):
         return None
     return read_json(file, {"sft_adapter": str | None}).get("sft_adapter")
+
+
+def check_sft_adapter(adapter: str | None) -> None:
+    """Raise ValueError or OSError for what training cannot start on top of."""
+    if adapter is None:
+        return
+    read_adapter_config(adapter, has_head=False)
+    if before := starts_from(adapter):
+        raise ValueError(
+            f"--sft_adapter {adapter} is itself on top of {before}; merge both with "
+            "python -m tools.export, and pass the result as --model_name_or_path")
 
 
 def check_order(adapters: list[str]) -> None:
@@ -99,7 +111,6 @@ class RunFolder:
     path: str
     base_model: str          # see `base_name`
     save_steps: int          # between checkpoints
-    save_total_limit: int    # checkpoints that stay, the newest
 
 
 def checkpoints(path: str) -> list[tuple[int, str]]:
@@ -137,7 +148,7 @@ def save_final(folder: RunFolder, model: nn.Module, tokenizer: Tokenizer) -> Non
 
 def save_checkpoint(folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer,
                     loop: list | None = None) -> str:
-    """Write OUT/checkpoint-{step} and remove all but the newest; returns its path.
+    """Write OUT/checkpoint-{step} and remove all but the newest two; returns its path.
 
     loop   what `resume` gives back: JSON of the sums that the loop takes from step to step
     """
@@ -151,7 +162,7 @@ def save_checkpoint(folder: RunFolder, step: int, model: nn.Module, optimizer: O
 
     path = os.path.join(folder.path, f"checkpoint-{step}")
     write_folder(path, write)
-    for _, old in checkpoints(folder.path)[:-folder.save_total_limit]:
+    for _, old in checkpoints(folder.path)[:-CHECKPOINTS]:
         remove_folder(old)
     return path
 

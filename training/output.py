@@ -22,8 +22,8 @@ from training.ranks import Ranks
 # Flags that may change between a run and its continuation: they change no number, or only the
 # order of sums, and with it the last bits.
 FREE_FLAGS = {"output_dir", "overwrite_output_dir", "logging_steps", "save_steps",
-              "save_total_limit", "start_check"}
-ROUNDING_FLAGS = {"kernels", "attention", "micro_tokens", "gradient_checkpointing", "fsdp",
+              "start_check"}
+ROUNDING_FLAGS = {"kernels", "micro_tokens", "gradient_checkpointing", "fsdp",
                   "world_size", "torch", "device"}
 LOCK = ".lock"
 

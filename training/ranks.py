@@ -22,6 +22,7 @@ from files.cli import exit_code, leave, sentence_of, tell_torchrun
 from model import Llama
 
 BUCKET_BYTES = 64 * 2 ** 20      # gradients copied together for one all-reduce
+MAX_GRAD_NORM = 1.0              # gradients are clipped to this norm
 
 
 class Stop:

@@ -10,8 +10,7 @@ from functools import partial
 import torch
 
 from data import print_counts, read_dataset, split_by_prompt
-from lora import (add_lora, add_score_head, load_adapter, lora_disabled, share_base,
-                  start_from_adapter)
+from lora import add_lora, add_score_head, lora_disabled, start_from_adapter
 from model import Llama, load_llama
 from packing import Tree, make_trees, one_negative_per_tree, pair_points, plan_batches
 from step import Method, Reference, batch_counts, check_fit
@@ -19,13 +18,14 @@ from tokenizer import Tokenizer
 from training.checkpoint import RunFolder, base_name, trainable
 from training.ranks import Ranks, shard_layers
 
+LORA_DROPOUT = 0.1       # the paper's; of methods without a reference, from which it would differ
+
 
 @dataclass(frozen=True)
 class Setup:
     """A run, ready to start."""
     model: Llama
     reference: Reference
-    references: tuple[Reference, Reference]      # π_r+ and π_r- of d2o
     tokenizer: Tokenizer
     trees: list[Tree]
     batches: list[list[int]]                     # tree numbers of every step
@@ -81,40 +81,25 @@ def load_base(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.devi
     return model
 
 
-def make_references(args: argparse.Namespace, method: Method, model: Llama) -> list[Reference]:
-    """[reference, π_r+, π_r-], of the model before it gets an adapter.
+def make_reference(args: argparse.Namespace, method: Method, model: Llama) -> Reference:
+    """The reference of a model that has no adapter yet.
 
     Under an adapter the reference is the same weights with the adapter off; where all weights are
     trained, a frozen copy; for methods without a reference, the model as an unused placeholder.
     """
-    base = model
     if method.reference == "none":
-        reference = partial(nullcontext, model)
-    elif args.lora_r:
-        reference = partial(lora_disabled, model)
-    else:
-        base = copy.deepcopy(model).requires_grad_(False)
-        reference = partial(nullcontext, base)
-    references = [reference]
-    for path in (args.reference_plus, args.reference_minus):
-        if path:
-            other = load_adapter(share_base(base), path).requires_grad_(False)
-            references.append(partial(nullcontext, other))
-        else:
-            references.append(reference)
-    return references
+        return partial(nullcontext, model)
+    if args.lora_r:
+        return partial(lora_disabled, model)
+    return partial(nullcontext, copy.deepcopy(model).requires_grad_(False))
 
 
 def describe_reference(args: argparse.Namespace, method: Method) -> str:
     """The reference in words, for the screen and args.json."""
     if method.reference == "none":
         return f"none, --method {args.method} uses none"
-    base = base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
+    return base_name(args) + (" (the adapter that is trained is off)" if args.lora_r else
                               " (a copy that is not trained)")
-    if args.reference_plus or args.reference_minus:
-        return (f"{args.reference_plus or base} under negatives, {args.reference_minus or base} "
-                "under anchors")
-    return base
 
 
 def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks,
@@ -129,10 +114,10 @@ def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks
         tokenizer.print_notes()
     trees, batches = prepare_data(args, methods, tokenizer, ranks)
     model = load_base(args, tokenizer, device)
-    reference, *references = make_references(args, method, model)
+    reference = make_reference(args, method, model)
     torch.manual_seed(args.seed)
     if args.lora_r:
-        dropout = args.lora_dropout if method.reference == "none" else 0.0
+        dropout = LORA_DROPOUT if method.reference == "none" else 0.0
         add_lora(model, args.lora_r, args.lora_alpha, dropout, args.lora_target_modules)
         if method.reward_model:
             add_score_head(model)
@@ -141,5 +126,5 @@ def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks
     if ranks.is_first:
         print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained, from "
               f"{base_name(args)}; reference: {describe_reference(args, method)}")
-    folder = RunFolder(args.output_dir, base_name(args), args.save_steps, args.save_total_limit)
-    return Setup(model, reference, tuple(references), tokenizer, trees, batches, folder)
+    folder = RunFolder(args.output_dir, base_name(args), args.save_steps)
+    return Setup(model, reference, tokenizer, trees, batches, folder)

@@ -81,7 +81,7 @@ def compare(name: str, function: Callable, plain: Callable, inputs: Sequence[Ten
             raise ValueError(
                 f"{name} is wrong on this device: {part} is off by {error:.1e}, allowed are "
                 f"{allowed:.1e} ({dtype}, torch {torch.__version__}); nothing was trained. Try "
-                "another --attention or --kernels, or another torch")
+                "another --kernels, or another torch")
         worst = max(worst, error)
     return worst
 
@@ -140,7 +140,7 @@ def check_start(model: Llama, trees: list[Tree], method: Method,
         elif not all(t.isfinite().all() for t in results(
                 lambda q, k, v: attention(q, k, v, segments), (q, k, v))):
             raise ValueError(f"{name} is wrong on this device: its output or a gradient is not "
-                             "finite; nothing was trained. Try another --attention")
+                             "finite; nothing was trained. Try another --kernels")
         return attention(q, k, v, segments)
 
     hidden = model(stream.input_ids, stream.position_ids, stream.segments, [

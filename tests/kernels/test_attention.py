@@ -164,12 +164,12 @@ def test_a_way_that_is_none_is_refused():
 
 def test_attention_that_cannot_run_here_is_refused(monkeypatch):
     assert choose_attention("dense", "cpu") == "dense"
-    with pytest.raises(ValueError, match="--attention flex needs a GPU; dense runs everywhere"):
+    with pytest.raises(ValueError, match="flex attention needs a GPU; --kernels torch runs everywhere"):
         choose_attention("flex", "cpu")
-    with pytest.raises(ValueError, match="--attention tree cannot run: .*needs a GPU .*; dense"):
+    with pytest.raises(ValueError, match="tree attention cannot run: .*needs a GPU .*; --kernels torch"):
         choose_attention("tree", "cpu")
     monkeypatch.setattr(attention_file, "tree_attention_problem", lambda device_type: "no Triton")
-    with pytest.raises(ValueError, match="--attention tree cannot run: no Triton; dense runs"):
+    with pytest.raises(ValueError, match="tree attention cannot run: no Triton; --kernels torch"):
         choose_attention("tree", "cuda")
 
 

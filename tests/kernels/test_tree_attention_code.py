@@ -207,5 +207,5 @@ def test_without_triton_the_other_ways_still_work(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert run.stdout.splitlines() == [
-        "dense", "--attention tree cannot run: Triton cannot be imported (ImportError: no wheel "
-        "for this machine); dense runs everywhere"], run.stderr
+        "dense", "tree attention cannot run: Triton cannot be imported (ImportError: no wheel "
+        "for this machine); --kernels torch runs everywhere"], run.stderr

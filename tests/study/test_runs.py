@@ -71,7 +71,8 @@ def test_every_cell_is_a_command_that_parses(monkeypatch):
         else:
             args = train.parse_args(arguments(run), runs.ALL_METHODS)
         assert args.learning_rate == 1e-3 and args.seed == 2
-        assert all(getattr(args, name) == value for name, value in cell.flags)
+        assert all(getattr(args, name) == value for name, value in (
+            runs.RENAMED.get(flag, flag) for flag in cell.flags))
         assert cell.tuned_as is None or not cell.tuned_as.tuned_as
 
 

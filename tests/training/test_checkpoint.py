@@ -57,7 +57,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
 
 def test_a_flipped_byte_in_a_checkpoint_is_named(tmp_path):
     model, optimizer = model_and_optimizer()
-    folder = RunFolder(str(tmp_path), "base", save_steps=1, save_total_limit=2)
+    folder = RunFolder(str(tmp_path), "base", save_steps=1)
     for step in (1, 2, 3):
         assert save_checkpoint(folder, step, model, optimizer) == f"{tmp_path}/checkpoint-{step}"
     assert [step for step, _ in checkpoints(str(tmp_path))] == [2, 3]
@@ -76,7 +76,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_named(tmp_path):
 def test_a_checkpoint_of_another_step_or_without_hashes_is_refused(tmp_path, change, words):
     # An edited state, and a folder that was renamed.
     model, optimizer = model_and_optimizer()
-    path = save_checkpoint(RunFolder(str(tmp_path), "base", 1, 2), 4, model, optimizer, [0.5])
+    path = save_checkpoint(RunFolder(str(tmp_path), "base", 1), 4, model, optimizer, [0.5])
     assert load_checkpoint(path, model, optimizer)["loop"] == [0.5]
     if change:
         file = Path(path, "trainer_state.json")
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_step_or_without_hashes_is_refused(tmp_path, cha
                                         (8000, "optimizer.safetensors")])
 def test_a_disk_that_is_full_is_a_sentence_and_leaves_the_older_checkpoint(tmp_path, size, file):
     model, optimizer = model_and_optimizer()
-    folder = RunFolder(str(tmp_path), "base", save_steps=1, save_total_limit=1)
+    folder = RunFolder(str(tmp_path), "base", save_steps=1)
     save_checkpoint(folder, 1, model, optimizer)
     before = tree_of(tmp_path)
     with largest_file(size), pytest.raises(OSError, match=f"{file} cannot be written: .*too larg"):
