@@ -38,6 +38,7 @@ import os
 import torch
 from torch import Tensor
 
+from files.lock import locked
 from files.text import write_folder
 from lora import merge_lora, start_from_adapter, updated_layers, weight_update
 from model import Llama, linear, load_llama, save_llama
@@ -138,7 +139,8 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype,
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    export(args.model, args.adapter, args.out, getattr(torch, args.dtype), args.chat_template)
+    with locked(os.path.abspath(args.out) + ".lock", args.out):
+        export(args.model, args.adapter, args.out, getattr(torch, args.dtype), args.chat_template)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from files.config import Llama3Rope, LlamaConfig, write_config
+from files.lock import locked
 from files.text import write_folder, write_json, write_text
 from files.weights import write_weights
 from model import Llama, rotary_angles
@@ -304,7 +305,8 @@ def convert(file: str, out: str, dtype: torch.dtype) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    convert(args.file, args.out, getattr(torch, args.dtype))
+    with locked(os.path.abspath(args.out) + ".lock", args.out):
+        convert(args.file, args.out, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def rows_done(args: argparse.Namespace, flags: dict) -> list[str]:
 def file_flags(args: argparse.Namespace) -> dict:
     """What OUT.args.json stores of a generate.py command."""
     flags = vars(args) | {"dataset_sha256": dataset_sha256(args.dataset),
-                          "inputs": fingerprints(args.model, *(args.adapter or ()))}
+                          "inputs": fingerprints(args.model, args.chat_template, *(args.adapter or ()))}
     del flags["out"], flags["overwrite"]
     return flags
 

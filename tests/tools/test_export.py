@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from files.lock import locked
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 from model import Linear, load_llama
 from tokenizer import Tokenizer
@@ -199,3 +200,13 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, tiny_m
     (tmp_path / "out").mkdir()
     run("--model", tiny_model, "--adapter", adapter, "--out", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_two_exports_to_one_folder_are_one_too_many(tmp_path, tiny_model, adapter_of):
+    # They would write into one temporary folder, and the second would remove the first one's.
+    flags = ("--model", tiny_model, "--adapter", adapter_of("a"), "--out", tmp_path / "out/")
+    with locked(str(tmp_path / "out.lock"), "out"):
+        with pytest.raises(ValueError, match="out is in use by process"):
+            run(*flags)
+    run(*flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]

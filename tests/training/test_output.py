@@ -253,6 +253,7 @@ def answers(tmp_path, tiny_model, pairs_file):
     def flags(**changes):
         return argparse.Namespace(**dict(
             model=tiny_model, adapter=None, dataset=str(pairs_file), batch_size=2,
+            chat_template=None,
             out=str(tmp_path / "out.jsonl"), overwrite=False, seed=0) | changes)
     return flags
 
@@ -305,6 +306,14 @@ def test_a_file_of_answers_belongs_to_one_process_one_command_and_its_inputs(tmp
     with pytest.raises(ValueError, match="model/model.safetensors has changed"):
         with own_file(flags, 9):
             pass
+    template = tmp_path / "given.jinja"
+    template.write_text("a")
+    flags = answers(chat_template=str(template), out=str(tmp_path / "c"))
+    with own_file(flags, 9):
+        Path(flags.out).write_text("1\n2\n")
+    template.write_text("b")
+    with pytest.raises(ValueError, match="given.jinja has changed"), own_file(flags, 9):
+        pass
     with own_file(answers(), 9) as done:
         assert done == 2 and (tmp_path / "out.jsonl").read_text() == "1\n2\n"
     with pytest.raises(ValueError, match="is not a file"), own_file(answers(out="/dev/null"), 9):
