@@ -327,7 +327,10 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"{path}: adapter_config.json says r = {config['r']}, and the file's "
                          f"lora_A have {', '.join(map(str, sorted(ranks)))} rows")
     if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
+        try:
+            add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
+        except ValueError as error:
+            raise ValueError(f"{path}: adapter_config.json: {error}") from None
     expected = adapter_tensors(model)
     if problems := misfits([file], {name: t.shape for name, t in expected.items()}):
         raise ValueError(f"{file}: does not fit the model: " + "; ".join(problems))

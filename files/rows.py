@@ -132,14 +132,16 @@ def parse_json(raw: bytes, where: str) -> object:
 # ---- values of a row ----------------------------------------------------------------------------
 
 TEXT = (str, list)                         # a text, or a list of messages
+NUMBER = (int, float)
+LARGEST = 1e300                            # of a number: twice as much is a float, too
 
 
 def get_value(row: dict, key: str, kind: type | tuple[type, ...], where: str):
     """row[key], which must be of a kind, as isinstance takes it; ValueError names row and key."""
     if key not in row:
         raise ValueError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, row))}")
-    if not isinstance(row[key], kind):
-        kinds = {TEXT: "text or a list of messages", (int, float): "a number"}
+    if not isinstance(row[key], kind) or kind == NUMBER and not abs(row[key]) < LARGEST:
+        kinds = {TEXT: "text or a list of messages", NUMBER: "a number"}
         raise ValueError(f"{where}: {key!r} is {str(row[key])[:60]!r}; expected "
                          f"{kinds[kind] if kind in kinds else kind.__name__}")
     return row[key]

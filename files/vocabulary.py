@@ -122,17 +122,16 @@ class SentencePieceVocabulary:
     def __init__(self, file: str, legacy: bool, template: str = ""):
         folder, self.file, self.legacy = os.path.dirname(file), file, legacy
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=file)
-        except RuntimeError as error:
+            self.pieces = pieces = sentencepiece.SentencePieceProcessor(model_file=file)
+            self.ids = {pieces.id_to_piece(number): number for number in range(len(pieces))}
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a SentencePiece model: {error}"
                              f"{likely_cause(file)}") from None
-        pieces = self.pieces
         self._newline = pieces.encode("\n")
         if min(pieces.bos_id(), pieces.eos_id()) < 0 or not self._newline or not pieces.is_byte(
                 self._newline[-1]):
             raise ValueError(f"{file}: not a Llama tokenizer: it needs BOS, EOS and byte fallback")
         own, named = range(pieces.vocab_size()), special_tokens(folder)
-        self.ids = {pieces.id_to_piece(number): number for number in own}
         self.controls = {piece: number for piece, number in self.ids.items()
                          if pieces.is_control(number) or pieces.is_unknown(number)}
         added = {text: token for text, token in added_beside(folder).items()
