@@ -15,14 +15,13 @@ if __name__ == "__main__":
     catch_interrupts()
 import hashlib
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from files.cli import Parser, run_cli, visible
-from files.rows import TEXT, data_files, get_texts, get_value, read_rows
+from files.rows import TEXT, data_files, get_score, get_texts, get_value, read_rows
 # users import these names from here, too
 from tokenizer import (VICUNA_SYSTEM, Tokenizer, dialogue_text,  # noqa: F401
                        encode_dialogue, render_dialogue)
@@ -51,7 +50,7 @@ def make_records(prompt: Turns, responses: Sequence[str], scores: Sequence[float
                  where: str) -> tuple[list[Record], list[str]]:
     """The record of one row, without its empty responses; it may be left with none.
 
-    returns   [record]; notes on what was dropped or is odd, which `print_counts` counts
+    returns   [record]; notes on what was dropped or is odd, which are counted
     """
     judged = [(text, score) for text, score in zip(responses, scores, strict=True)
               if text.strip()]
@@ -64,26 +63,6 @@ def make_records(prompt: Turns, responses: Sequence[str], scores: Sequence[float
         notes.append("prompts with several responses")
     return [Record(tuple(prompt), tuple(text for text, _ in judged),
                    tuple(score for _, score in judged), where)], notes
-
-
-# ---- values of a row ----------------------------------------------------------------------------
-
-def get_score(row: dict, where: str) -> tuple[float, list[str]]:
-    """(z, notes): the label or score of a row; 1 for a demonstration, which has neither.
-
-    raises   ValueError for a score under another name, which would be taken for a demonstration
-    """
-    key = "label" if "label" in row else "score"
-    if key not in row:
-        for other in row:
-            if re.search("label|score|rating|reward|kto", other, re.IGNORECASE):
-                raise ValueError(f"{where}: no 'label' and no 'score', but {other!r}: call it "
-                                 "'label' (true or false) or 'score' (0 to 1), or remove it")
-        return 1.0, ["demonstrations: no label or score, so z = 1"]
-    score = row[key]
-    if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
-        raise ValueError(f"{where}: label or score {score!r} is outside [0, 1]")
-    return float(score), []
 
 
 # ---- dialogues ----------------------------------------------------------------------------------
@@ -301,7 +280,8 @@ def choose_reader(row: dict) -> RowReader:
 
 def read_files(dataset: str, counts: Counter, prompts_only: bool = False,
                reader: RowReader | None = None) -> Iterator[Record]:
-    """Every record of the rows of all files, answered or not; rows and notes are counted."""
+    """The records of a dataset, see `read_dataset`, one at a time; with prompts_only one of every
+    row, answered or not. Rows and notes are counted."""
     files = data_files(dataset)
     for path in files:
         read_row = reader
@@ -310,7 +290,7 @@ def read_files(dataset: str, counts: Counter, prompts_only: bool = False,
             records, notes = read_row(prompt_only(row) if prompts_only else row, where)
             counts.update(["rows", *notes])
             counts[f"rows of {path}"] += len(files) > 1
-            yield from records
+            yield from (record for record in records if record.responses or prompts_only)
 
 
 def read_dataset(dataset: str, counts: Counter | None = None,
@@ -321,8 +301,7 @@ def read_dataset(dataset: str, counts: Counter | None = None,
     reader   of one format (default: by the keys of each file's first row)
     raises   FileNotFoundError, or ValueError with file and line of a bad row
     """
-    records = read_files(dataset, Counter() if counts is None else counts, reader=reader)
-    return [record for record in records if record.responses]
+    return list(read_files(dataset, Counter() if counts is None else counts, reader=reader))
 
 
 read_hh = read_golden_hh = partial(read_dataset, reader=pair_records)
@@ -342,34 +321,45 @@ def read_prompts(dataset: str, counts: Counter | None = None) -> list[Record]:
     return records
 
 
-def split_by_prompt(records: list[Record], held_out: float) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records; a prompt is on one side only, as its SHA-256 decides.
+def is_held_out(record: Record, held_out: float) -> bool:
+    """Whether the record's prompt is among this share (0 to 1) of all; its SHA-256 decides."""
+    digest = hashlib.sha256(repr(record.prompt).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < held_out * 2**64
 
-    held_out   share of the prompts, 0 to 1
-    """
-    def is_held_out(record: Record) -> bool:
-        digest = hashlib.sha256(repr(record.prompt).encode()).digest()
-        return int.from_bytes(digest[:8], "big") < held_out * 2**64
+
+def split_by_prompt(records: Iterable[Record],
+                    held_out: float) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) records; a prompt is on one side only, see `is_held_out`."""
     sides = ([], [])
     for record in records:
-        sides[is_held_out(record)].append(record)
+        sides[is_held_out(record, held_out)].append(record)
     return sides
 
 
 # ---- what a file holds --------------------------------------------------------------------------
 
-def print_counts(path: str, records: list[Record], counts: Counter) -> None:
-    """Print how many rows, records and responses there are, and what was odd about them."""
-    scores = [score for record in records for score in record.scores]
-    print(f"{path}: {counts['rows']} rows, {len(records)} " + (
-        f"records with {len(scores)} responses" if scores else "prompts"))
-    print(f"  {'distinct prompts':58} {len({record.prompt for record in records}):7}")
-    if scores:
-        print(f"  {'responses with z = 1 / between / z = 0':58} {scores.count(1.0):7} / "
-              f"{sum(0 < score < 1 for score in scores)} / {scores.count(0.0)}")
-    for note, number in sorted(counts.items()):
-        if number and note != "rows":
-            print(f"  {note:58} {number:7}")
+def count_lines(counts: dict[str, int]) -> list[str]:
+    """Every count above 0 but the number of rows, a line each."""
+    return [f"  {note:58} {number:7}" for note, number in sorted(counts.items())
+            if number and note != "rows"]
+
+
+def describe_data(path: str, records: Iterable[Record], counts: Counter) -> str:
+    """How many rows, records and responses there are, and what was odd about them.
+
+    records   gone through once: `read_files` may be reading them, and filling `counts`
+    """
+    number, prompts, scores = 0, set(), Counter()
+    for number, record in enumerate(records, 1):
+        prompts.add(hash(record.prompt))                 # 64 bits of each, not the texts
+        scores.update(record.scores)
+    good, bad = scores.pop(1.0, 0), scores.pop(0.0, 0)
+    responses = good + bad + scores.total()
+    what = f"records with {responses} responses" if responses else "prompts"
+    known = {"distinct prompts": len(prompts), "responses with z = 1 (good)": good,
+             "responses with z = 0 (bad)": bad, "responses with z between": scores.total()}
+    return "\n".join([f"{path}: {counts['rows']} rows, {number} {what}",
+                      *count_lines(known), *count_lines(counts)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -381,10 +371,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     counts = Counter()
     records = read_dataset(args.file, counts)
-    print_counts(args.file, records, counts)
+    print(describe_data(args.file, records, counts))
     tokenizer = args.tokenizer and Tokenizer(args.tokenizer, chat_template=args.chat_template)
-    grey, green, plain = (("\033[90m", "\033[32m", "\033[0m")
-                          if sys.stdout.isatty() else ("", "", ""))
     for record in records[:args.show]:
         for i, score in enumerate(record.scores):
             turns, size = [*record.prompt, ("Assistant", record.responses[i])], ""
@@ -392,8 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if tokenizer:
                 size = ", {} + {} tokens".format(*map(len, encode_dialogue(tokenizer, turns)))
             if i == 0:
-                print(f"\n--- {record.where}\n[prompt] {grey}{prompt}{plain}")
-            print(f"[response, z = {score:g}{size}] {green}{response}{plain}")
+                print(f"\n--- {record.where}\n[prompt] {prompt}")
+            print(f"[response, z = {score:g}{size}] {response}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -314,7 +315,7 @@ def held_out_trees(runs: Mapping[str, dict], dataset: str | None) -> dict[str, l
         file, records = held_out_records(least, runs[least], dataset)
         print(f"{path}: measured on {len(records)} records of {file}, cut at {max_length} tokens, "
               f"prompts at {max_prompt_length}")
-        trees[path] = make_trees(pair_points(records), run_tokenizer(path, flags), "all",
+        trees[path] = make_trees(pair_points(records, Counter()), run_tokenizer(path, flags), "all",
                                  max_length, max_prompt_length)
     return trees
 

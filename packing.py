@@ -14,10 +14,10 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def score_pairs(scores: tuple[float, ...]) -> list[tuple[int, int]]:
 
 
 def used_responses(scores: tuple[float, ...], trains_on: str) -> list[int]:
-    """Which responses of a record an objective trains on; see `make_trees`."""
+    """Which responses of a record an objective trains on; see `each_tree`."""
     if trains_on == "pairs":
         paired = {i for pair in score_pairs(scores) for i in pair}
         return [i for i in range(len(scores)) if i in paired]
@@ -81,70 +81,76 @@ def used_responses(scores: tuple[float, ...], trains_on: str) -> list[int]:
     return [i for i, score in enumerate(scores) if wanted is None or score == wanted]
 
 
-def pair_points(records: list[Record], counts: Counter | None = None) -> list[Record]:
+Points = dict[tuple, dict[str, set[float]]]       # prompt -> {response: its scores}
+
+
+def add_point(points: Points, record: Record) -> None:
+    """Add the response of a record that has only one."""
+    if len(record.responses) == 1:
+        found = points.setdefault(record.prompt, {})
+        found.setdefault(record.responses[0], set()).update(record.scores)
+
+
+def pair_points(records: Iterable[Record], counts: Counter,
+                points: Points | None = None) -> Iterator[Record]:
     """The records, where single responses to one prompt become one record of up to MAX_RESPONSES.
 
     For methods that train on pairs: labelled rows of a prompt, wherever they stand, pair up where
-    their scores differ. A text that was scored both ways is left out. Other records stay as they
-    are; `counts` is told what changed.
+    their scores differ. A text that was scored both ways is left out; other records stay.
+    points   of all these records, see `add_point`; without, the records are a list
     """
-    counts = Counter() if counts is None else counts
-    points = {}                     # prompt -> {response: its scores}
-    for record in records:
-        if len(record.responses) == 1:
-            found = points.setdefault(record.prompt, {})
-            found.setdefault(record.responses[0], set()).update(record.scores)
-    result = []
+    if points is None:
+        points = {}
+        for record in records:
+            add_point(points, record)
     for record in records:
         if len(record.responses) > 1:
-            result.append(record)
+            yield record
             continue
         found = points.pop(record.prompt, {})
         judged = [(text, *scores) for text, scores in found.items() if len(scores) == 1]
         counts["responses left out: scored both ways"] += len(found) - len(judged)
         for i in range(0, len(judged), MAX_RESPONSES):
             texts, scores = zip(*judged[i:i + MAX_RESPONSES], strict=True)
-            result.append(Record(record.prompt, texts, scores, record.where))
+            yield Record(record.prompt, texts, scores, record.where)
             counts["pairs made of rows that share a prompt"] += len(score_pairs(scores))
-    return result
 
 
 def group_records(records: Iterable[Record], trains_on: str,
-                  counts: Counter) -> list[list[tuple[Record, list[int]]]]:
+                  counts: Counter) -> Iterator[list[tuple[Record, list[int]]]]:
     """The records of every tree, each with the responses that are used.
 
     Neighbouring records with the same prompt share a tree of up to MAX_RESPONSES responses.
     """
-    groups, size = [], 0
+    group, size = [], 0
     for record in records:
         used = used_responses(record.scores, trains_on)
         counts["responses the objective does not use"] += len(record.scores) - len(used)
         if not used:
             continue
-        same_prompt = groups and groups[-1][0][0].prompt == record.prompt
-        if not same_prompt or size + len(used) > MAX_RESPONSES:
-            groups.append([])
-            size = 0
-        groups[-1].append((record, used))
+        if group and (group[0][0].prompt != record.prompt or size + len(used) > MAX_RESPONSES):
+            yield group
+            group, size = [], 0
+        group.append((record, used))
         size += len(used)
-    return groups
+    if group:
+        yield group
 
 
-def make_trees(records: Iterable[Record], tokenizer: Tokenizer, trains_on: str = "all",
-               max_length: int = 1024, max_prompt_length: int = 512,
-               counts: Counter | None = None) -> list[Tree]:
-    """Tokenize records, keeping the responses an objective can use.
+def each_tree(records: Iterable[Record], tokenizer: Tokenizer, trains_on: str = "all",
+              max_length: int = 1024, max_prompt_length: int = 512,
+              counts: Counter | None = None) -> Iterator[Tree]:
+    """Tokenize records one after another, keeping the responses an objective can use.
 
     trains_on  "all"; "positive" (z = 1); "negative" (z = 0); "pairs": every (better, worse) of a
                record, and only responses that are in a pair
-    max_length, max_prompt_length   tokens, see `truncate`
-    counts     updated with what was cut or left out
+    counts     updated with what was cut or left out; lengths as `truncate` takes them
     raises     ValueError for lengths that leave no room
     """
     if not 2 <= max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length {max_prompt_length} must be at least 2 and less "
                          f"than max_length {max_length}")
-    counts, trees = Counter() if counts is None else counts, []
+    counts = Counter() if counts is None else counts
     for group in group_records(records, trains_on, counts):
         prompt = group[0][0].prompt
         try:
@@ -164,12 +170,16 @@ def make_trees(records: Iterable[Record], tokenizer: Tokenizer, trains_on: str =
                 counts["responses cut from the right"] += len(ids) < len(whole)
                 response_ids.append(ids)
                 scores.append(record.scores[i])
-        trees.append(Tree(prompt_ids, response_ids, scores, pairs))
-    return trees
+        yield Tree(prompt_ids, response_ids, scores, pairs)
+
+
+def make_trees(*args: Any, **kwargs: Any) -> list[Tree]:
+    """All trees of `each_tree`."""
+    return list(each_tree(*args, **kwargs))
 
 
 def one_negative_per_tree(trees: list[Tree]) -> list[Tree]:
-    """A prompt with several bad answers becomes as many trees: each will have its own anchors."""
+    """A prompt with n bad answers becomes n trees: each will have its own anchors."""
     return [Tree(tree.prompt_ids, [ids], [score], []) for tree in trees
             for ids, score in zip(tree.response_ids, tree.scores)]
 

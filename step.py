@@ -7,7 +7,7 @@ here), a function here that gives it what it takes, a row in METHODS; a setting 
 field of Objective and a flag of train.py. Nothing is masked in a loss: prompt tokens are never
 labels, so only response tokens are scored.
 """
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,11 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data import Record
 from kernels import LinearLogps, linear_logps
 from kernels.attention import to_device
 from model import Llama
-from packing import Stream, Tree, build_stream, idle_stream, pack, pair_points
+from packing import Stream, Tree, build_stream, idle_stream, pack
 from ulma import (d2o_loss, dpo_loss, ipo_loss, kto_loss, mse_reward_model_loss, negative_dpo_loss,
                   pointwise_dpo_loss, pointwise_mse_loss, pointwise_reward_model_loss,
                   positive_dpo_loss, response_logps, reward_model_loss, sft_loss, simpo_loss,
@@ -169,13 +168,16 @@ def needs_reference(method: Method, score: float) -> bool:
     return method.reference == "all" or (method.reference == "negative" and score < 1)
 
 
-def check_fit(name: str, records: Iterable[Record], methods: dict[str, Method] = METHODS) -> None:
-    """Raise ValueError, naming the methods that fit, if `name` cannot train on these records."""
-    records = list(records)
-    scores = {score for record in records for score in record.scores}
+def check_fit(name: str, scores: Collection[float], has_pairs: bool,
+              methods: Mapping[str, Method] = METHODS) -> None:
+    """Raise ValueError, naming the methods that fit, if `name` cannot train on the data.
+
+    scores      that occur in it
+    has_pairs   whether a prompt has a better and a worse response
+    """
     has = {"all": any(score < 1 for score in scores),        # else they reduce to SFT
            "positive": 1 in scores, "negative": 0 in scores, "anchors": 0 in scores,
-           "pairs": any(len(set(record.scores)) > 1 for record in pair_points(records))}
+           "pairs": has_pairs}
     fit = [other for other, method in methods.items() if has[method.trains_on]]
     if name not in fit:
         lack = {"pairs": "no prompt has a better and a worse response",

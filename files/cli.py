@@ -7,14 +7,15 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from files.interrupt import leave_at_once, speaks
 
 MESSAGE_LENGTH = 1000      # characters of an error message; a longer one loses its middle
 INPUT_ERRORS = (ValueError, OSError, FloatingPointError)     # what bad input may raise
 
+SHOWN_EVERY = 5.0       # seconds from one line of progress to the next
 SEEDS = (-2**31, 2**31 - 1)      # what a seed may be: a step's seed is made of it in 64 bits
 
 # What can move a terminal's cursor, turn the order of text around or cannot be encoded: control
@@ -178,3 +179,22 @@ def time_left(seconds: float, done: float, total: float) -> str:
     left = round(seconds / done * max(0, total - done)) if done else 0
     hours, minutes = left // 3600, left // 60 % 60
     return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{left % 60:02} left"
+
+
+Item = TypeVar("Item")
+
+
+def show_progress(items: Iterable[Item], title: str, total: int = 0,
+                  shown: bool = True) -> Iterator[Item]:
+    """The items; every few seconds a line says how many there were and, of `total`, the time left.
+
+    total   0: unknown
+    """
+    start = last = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if shown and now - last > SHOWN_EVERY:
+            left = f" of {total:,}  {time_left(now - start, number, total)}" if total else ""
+            print(f"{title}: {number:,}{left}", flush=True)
+            last = now

@@ -18,6 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
+class InUse(ValueError):
+    """Another process has the lock."""
+
+
 def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
@@ -41,7 +45,7 @@ def take(lock_file: str, output: str) -> int:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 holder = os.read(descriptor, 300).decode(errors="replace") or "another process"
                 os.close(descriptor)
-                raise ValueError(f"{output} is in use by {holder}: wait for it, end it, or choose "
+                raise InUse(f"{output} is in use by {holder}: wait for it, end it, or choose "
                                  "another output") from None
             print(f"warning: {lock_file} cannot be locked ({error.strerror}): no other process may "
                   f"write to {output} now", file=sys.stderr)

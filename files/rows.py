@@ -154,3 +154,21 @@ def get_texts(row: dict, key: str, where: str, size: int | None = None) -> list[
         raise ValueError(f"{where}: {key} is {str(texts)[:60]!r}; expected a list of "
                          f"{f'{size} ' if size else ''}texts")
     return texts
+
+
+def get_score(row: dict, where: str) -> tuple[float, list[str]]:
+    """(z, notes): the label or score of a row; 1 for a demonstration, which has neither.
+
+    raises   ValueError for a score under another name, which would be taken for a demonstration
+    """
+    key = "label" if "label" in row else "score"
+    if key not in row:
+        for other in row:
+            if re.search("label|score|rating|reward|kto", other, re.IGNORECASE):
+                raise ValueError(f"{where}: no 'label' and no 'score', but {other!r}: call it "
+                                 "'label' (true or false) or 'score' (0 to 1), or remove it")
+        return 1.0, ["demonstrations: no label or score, so z = 1"]
+    score = row[key]
+    if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
+        raise ValueError(f"{where}: label or score {score!r} is outside [0, 1]")
+    return float(score), []

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import Optimizer
 
-from data import print_counts, read_prompts, split_by_prompt
+from data import describe_data, read_prompts, split_by_prompt
 from files.cli import run_cli, time_left
 from generate import Sampling, row_seeds
 from lora import add_lora, add_score_head, load_adapter, share_base
@@ -226,7 +226,7 @@ def tokenize_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Rank
     counts, rewards = Counter(), world_rewards()
     records = read_prompts(args.dataset, counts)
     if ranks.is_first:
-        print_counts(args.dataset, records, counts)
+        print(describe_data(args.dataset, records, counts))
     found, training = [], split_by_prompt(records, args.held_out)[0]
     for prompt in dict.fromkeys(record.prompt for record in training):
         prompt_ids, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])

@@ -29,6 +29,7 @@ POINTS = [{"prompt": f"Question {n}?", "completion": "Yes.", "label": True} for 
 def refused(tmp_path, tiny_model, monkeypatch, capsys):
     """refused(*flags): assert that train.py refuses them as promised; returns its sentence.
 
+    Token ids may stay where what is wrong is found later: the command that is right takes them.
     Without these flags the command would be right: a model, pairs that fit it, an output_dir.
     `command` is run instead of train.py.
     """
@@ -49,7 +50,9 @@ def refused(tmp_path, tiny_model, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert left.value.code == 2, error
         assert error.startswith("error: ") and error.find("\n") == len(error) - 1, error
-        assert tree_of(tmp_path) == before, "something was written"
+        after = {name: content for name, content in tree_of(tmp_path).items()
+                 if name in before or not name.startswith("work/tokens-")}
+        assert after == before, "something was written"
         return error
     return run
 

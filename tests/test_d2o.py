@@ -301,7 +301,7 @@ def test_positives_are_ignored_and_all_weights_can_be_trained(tmp_path, tiny_mod
                              for line in open(pairs_file)))
     flags = (*D2O, "--max_steps", "6")
     shown = finish(tiny_model, pairs_file, tmp_path / "a", *flags)
-    assert "training on 120 prompts, {'responses': 120, 'positive': 0, 'pairs': 0}" in shown
+    assert "training on 120 prompts, 120 responses (0 with z = 1), 0 pairs" in shown
     finish(tiny_model, other, tmp_path / "b", *flags)
     assert adapter_hash(tmp_path / "a") == adapter_hash(tmp_path / "b")
     shown = finish(tiny_model, pairs_file, tmp_path / "full", *flags, "--lora_r", "0")

@@ -135,16 +135,16 @@ def test_points_of_a_prompt_make_pairs_where_their_scores_differ():
                record("a", ("w", 0.5)), record("a", ("x", 1.0)), record("a", ("both", 0.0)),
                record("d", ("only", 1.0)), record("d", ("only", 0.0))]
     counts = Counter()
-    merged = pair_points(records, counts)
+    merged = pair_points(records, counts)                  # reads the records as they are needed
     assert [(r.prompt[0][1], r.responses, r.scores) for r in merged] == [
         ("a", ("x", "y", "w"), (1.0, 0.0, 0.5)), ("b", ("good", "bad"), (1.0, 0.0)),
         ("c", ("z",), (1.0,))]
     assert counts["pairs made of rows that share a prompt"] == 3
     assert counts["responses left out: scored both ways"] == 2
     many = [record("a", (f"answer {n}", float(n % 2))) for n in range(37)]
-    assert [len(r.responses) for r in pair_points(many)] == [MAX_RESPONSES, MAX_RESPONSES, 5]
+    assert [len(r.responses) for r in pair_points(many, counts)] == [MAX_RESPONSES, MAX_RESPONSES, 5]
     pairs = [record("a", (f"good {n}", 1.0), (f"bad {n}", 0.0)) for n in range(3)]
-    assert pair_points(pairs) == pairs                     # explicit pairs: nothing changes
+    assert list(pair_points(pairs, counts)) == pairs                     # explicit pairs: nothing changes
 
 
 def test_an_unused_record_between_two_does_not_split_their_tree(tiny_tokenizer):

@@ -62,6 +62,11 @@ class Ranks:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this rank is the first of its machine."""
+        return self.rank == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -14,12 +14,15 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
+
 from files.cli import time_left
 from files.fingerprint import fingerprints
 from files.text import append_text, flush_to_disk, whole_lines, write_text
-from packing import Tree, pack
+from packing import group_by_size
 from step import Compute, Objective, Reference, needs_reference, reference_logps
 from training.ranks import Ranks, gather
+from training.token_cache import TokenTable
 
 
 # ---- rows with checksums ------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def write_rows(file: str, batches: list[list[int]], make_rows: Callable[[list[in
 
 # ---- the reference ------------------------------------------------------------------------------
 
-def reference_key(trees: list[Tree], base: str, sft_adapter: str | None,
+def reference_key(trees: TokenTable, base: str, sft_adapter: str | None,
                   *settings: str | int | bool) -> str:
     """Names what the reference's log-probs depend on: every token id (so the data, the template and
     the lengths), the weights, and `settings` that change how they are computed.
@@ -120,14 +123,14 @@ def reference_key(trees: list[Tree], base: str, sft_adapter: str | None,
     files = fingerprints(base, sft_adapter)
     inputs = [[os.path.basename(file), content] for file, content in files.items()]
     digest = hashlib.sha256(json.dumps([inputs, *settings]).encode())
-    for tree in trees:
-        digest.update(json.dumps([tree.prompt_ids, tree.response_ids, tree.scores]).encode())
+    for array in (trees.ids, trees.sizes, trees.shapes, trees.scores):
+        digest.update(array)
     # Rank 0's on all ranks: the files of another machine could be others.
     return gather(digest.hexdigest()[:16])[0]
 
 
-def cache_reference(output_dir: str, key: str, reference: Reference, trees: list[Tree],
-                    objective: Objective, compute: Compute, ranks: Ranks) -> list[Tree]:
+def cache_reference(output_dir: str, key: str, reference: Reference, trees: TokenTable,
+                    objective: Objective, compute: Compute, ranks: Ranks) -> TokenTable:
     """The trees with reference_logps: from the file beside the runs, else computed, and left there.
 
     key     see `reference_key`
@@ -143,11 +146,9 @@ def cache_reference(output_dir: str, key: str, reference: Reference, trees: list
         return [{"tree": number, "reference_logps": row} for number, row in zip(batch, logps)]
 
     if not gather(os.path.isfile(cached))[0]:
-        batches, start = [], 0
-        for group in pack(trees, 8 * compute.micro_tokens):
-            batches.append(list(range(start, start + len(group))))
-            start += len(group)
-        write_rows(unfinished, batches, make_rows, lambda row: trees[row["tree"]].num_tokens,
+        sizes = trees.num_tokens
+        batches = group_by_size(range(len(trees)), sizes.__getitem__, 8 * compute.micro_tokens)
+        write_rows(unfinished, batches, make_rows, lambda row: sizes[row["tree"]],
                    "reference log-probs", ranks)
         if ranks.is_first:
             flush_to_disk(unfinished)
@@ -158,5 +159,5 @@ def cache_reference(output_dir: str, key: str, reference: Reference, trees: list
     rows = read_rows(cached)
     if len(rows) != len(trees):
         raise ValueError(f"{cached} has {len(rows)} rows, not {len(trees)}; {COMPUTE_AGAIN}")
-    return [replace(tree, reference_logps=row["reference_logps"])
-            for tree, row in zip(trees, rows)]
+    logps = [logp for row in rows for logp in row["reference_logps"]]
+    return replace(trees, reference_logps=np.array(logps, np.float64))

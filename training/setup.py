@@ -1,7 +1,6 @@
 """What a run is made of: its data in batches, the model under training, its references."""
 import argparse
 import copy
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,14 +8,15 @@ from functools import partial
 
 import torch
 
-from data import print_counts, read_dataset, split_by_prompt
+from files.config import read_config
 from lora import add_lora, add_score_head, lora_disabled, start_from_adapter
 from model import Llama, load_llama
-from packing import Tree, make_trees, one_negative_per_tree, pair_points, plan_batches
-from step import Method, Reference, batch_counts, check_fit
+from packing import plan_batches
+from step import Method, Reference
 from tokenizer import Tokenizer
 from training.checkpoint import RunFolder, base_name, trainable
 from training.ranks import Ranks, shard_layers
+from training.token_cache import TokenTable, token_table
 
 LORA_DROPOUT = 0.1       # the paper's; of methods without a reference, from which it would differ
 
@@ -27,54 +27,43 @@ class Setup:
     model: Llama
     reference: Reference
     tokenizer: Tokenizer
-    trees: list[Tree]
+    trees: TokenTable
     batches: list[list[int]]                     # tree numbers of every step
     folder: RunFolder
 
 
 def prepare_data(args: argparse.Namespace, methods: Mapping[str, Method], tokenizer: Tokenizer,
-                 ranks: Ranks) -> tuple[list[Tree], list[list[int]]]:
+                 ranks: Ranks) -> tuple[TokenTable, list[list[int]]]:
     """(trees, tree numbers of every step); prints what the data holds.
 
     raises  ValueError or OSError, one sentence, for data that do not fit
     """
-    method, counts = methods[args.method], Counter()
-    records = read_dataset(args.dataset, counts)
-    if ranks.is_first:
-        print_counts(args.dataset, records, counts)
-    records, held_out = split_by_prompt(records, args.held_out)
-    check_fit(args.method, records, methods)
-    cuts = Counter()
-    if method.trains_on == "pairs":
-        records = pair_points(records, cuts)
-    trees = make_trees(records, tokenizer,
-                       "negative" if method.trains_on == "anchors" else method.trains_on,
-                       args.max_length, args.max_prompt_length, cuts)
-    if method.trains_on == "anchors":
-        trees = one_negative_per_tree(trees)
-    sizes = [len(tree.pairs if method.trains_on == "pairs" else tree.scores) for tree in trees]
-    batches = plan_batches(sizes, args.batch_size, args.num_train_epochs, args.max_steps, args.seed)
+    trees = token_table(args, methods, tokenizer, ranks)
+    counted = 2 if methods[args.method].trains_on == "pairs" else 1      # else responses
+    batches = plan_batches(trees.shapes[:, counted].tolist(), args.batch_size,
+                           args.num_train_epochs, args.max_steps, args.seed)
     if not batches:
         raise ValueError(f"--num_train_epochs {args.num_train_epochs} gives no step")
     if ranks.is_first:
-        print(f"training on {len(trees)} prompts, {batch_counts(trees)}; held out: "
-              f"{len(held_out)} records")
-        for what, number in sorted(cuts.items()):
-            print(f"  {what:58} {number:7}")
+        print(f"{trees.notes}\ntraining on {len(trees)} prompts, {len(trees.scores)} responses "
+              f"({int((trees.scores == 1).sum())} with z = 1), {len(trees.pairs)} pairs")
     return trees, batches
 
 
-def load_base(args: argparse.Namespace, tokenizer: Tokenizer, device: torch.device) -> Llama:
-    """The model that training starts from.
+def check_model(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a model that is not supported, or a tokenizer or lengths that do not fit
+    it: by its config, before the data are tokenized."""
+    config = read_config(args.model_name_or_path)
+    tokenizer.unused_ids(config.vocab_size)              # raises for more pieces than rows
+    if args.max_length > config.max_positions:
+        raise ValueError(f"--max_length {args.max_length} exceeds the model's "
+                         f"{config.max_positions} positions")
 
-    raises  ValueError for a tokenizer or lengths that do not fit it
-    """
+
+def load_base(args: argparse.Namespace, device: torch.device) -> Llama:
+    """The model that training starts from."""
     model = load_llama(args.model_name_or_path, torch.bfloat16 if args.bf16 else torch.float32,
                        "cpu" if args.fsdp else device)
-    tokenizer.unused_ids(model.config.vocab_size)        # raises for more pieces than rows
-    if args.max_length > model.config.max_positions:
-        raise ValueError(f"--max_length {args.max_length} exceeds the model's "
-                         f"{model.config.max_positions} positions")
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.sft_adapter:
         start_from_adapter(model, args.sft_adapter, merge=args.lora_r == 0)
@@ -112,8 +101,9 @@ def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks
     tokenizer = Tokenizer(args.model_name_or_path, chat_template=args.chat_template)
     if ranks.is_first:
         tokenizer.print_notes()
+    check_model(args, tokenizer)
     trees, batches = prepare_data(args, methods, tokenizer, ranks)
-    model = load_base(args, tokenizer, device)
+    model = load_base(args, device)
     reference = make_reference(args, method, model)
     torch.manual_seed(args.seed)
     if args.lora_r:

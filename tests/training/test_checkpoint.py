@@ -106,6 +106,7 @@ def test_a_run_on_a_full_disk_ends_with_one_sentence_and_goes_on_later(tmp_path,
                                                                        pairs_file, capsys):
     _, *argv = map(str, train_flags(tiny_model, pairs_file, tmp_path / "run", "--max_steps", "4",
                                     "--save_steps", "2"))
+    finish(tiny_model, pairs_file, tmp_path / "before", "--max_steps", "1")      # token ids are there
     with largest_file(7000), pytest.raises(SystemExit) as left:
         run_cli(lambda: train.main(argv))
     error = capsys.readouterr().err
