@@ -1,4 +1,4 @@
-"""Which tokens a run made more or less probable: colours in a terminal or on an HTML page.
+"""Which tokens a run made more or less probable: colours on an HTML page.
 
     python -m tools.heatmap runs/hh-ulma --html heat.html
 
@@ -20,7 +20,7 @@ from files.cli import Help, Parser, check_ranges, parse_first, run_cli
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=Help)
     parser.add_argument("runs", nargs="+", help="output folders of train.py")
-    parser.add_argument("--html", help="also write a page to this file")
+    parser.add_argument("--html", default="heat.html", help="the page to write")
     parser.add_argument("--dataset", help="show records of this file, not what the run held out")
     parser.add_argument("--beta", type=float, help="factor of the values; without, the run's own")
     parser.add_argument("--first", type=int, default=3, help="number of records to show")
@@ -32,8 +32,8 @@ if __name__ == "__main__":
 
 import codecs
 import html
+import math
 import os
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,6 @@ from training.checkpoint import held_out_records, load_run, run_tokenizer
 from world import answers, held_out_prompts, on_world, question
 
 LESS, NEITHER, MORE = (90, 160, 230), (235, 235, 235), (245, 140, 50)    # red, green, blue
-TRUECOLOUR = ("truecolor", "24bit")      # $COLORTERM of a terminal with 24-bit colours
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def join_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, int]]:
 
 
 def visible(text: str) -> str:
-    """Text with line ends marked and unprintable characters, such as terminal codes, escaped."""
+    """Text with line ends marked and unprintable characters escaped."""
     return escaped(text, "\n").replace("\n", "↵\n")
 
 
@@ -134,8 +133,8 @@ def responses_of(model: Llama, reference: Reference, tokenizer: Tokenizer, tree:
 
 
 def run_responses(path: str, dataset: str | None, beta: float | None,
-                  first: int) -> list[Response]:
-    """The responses of the first records of a run; see `main` for the flags.
+                  first: int) -> tuple[float, list[Response]]:
+    """(beta, responses of the first records) of a run; see `build_parser` for the flags.
 
     raises   ValueError for a reward model, and for a run that held out nothing
     """
@@ -150,16 +149,22 @@ def run_responses(path: str, dataset: str | None, beta: float | None,
     trees = make_trees(records[:first], tokenizer, "all", flags["max_length"],
                        flags["max_prompt_length"])
     beta = flags["beta"] if beta is None else beta
-    return [response for tree in trees
-            for response in responses_of(model, reference, tokenizer, tree, beta)]
+    return beta, [response for tree in trees
+                  for response in responses_of(model, reference, tokenizer, tree, beta)]
 
 
 # ---- colours ------------------------------------------------------------------------------------
 
-def colour_limit(responses: list[Response]) -> float:
-    """The value of the strongest colours: 95 % of the tokens are within ± this value."""
+def colour_steps(responses: list[Response]) -> list[float]:
+    """The values of the legend, from the strongest blue to the strongest orange: multiples of 1, 2
+    or 5 times a power of ten, two to four on each side of 0. 95 % of the tokens are between them.
+    """
     sizes = sorted(abs(token.value) for response in responses for token in response.tokens)
-    return max(sizes[int(0.95 * (len(sizes) - 1))], 1e-9)
+    limit = max(sizes[int(0.95 * (len(sizes) - 1))], 1e-9)
+    power = 10.0 ** math.floor(math.log10(limit / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= limit / 4 * 0.999)
+    count = math.ceil(limit / step * 0.999)
+    return [number * step for number in range(-count, count + 1)]
 
 
 def colour(value: float, limit: float) -> tuple[int, int, int]:
@@ -172,47 +177,9 @@ def colour(value: float, limit: float) -> tuple[int, int, int]:
                  for start, end in zip(NEITHER, LESS if value < 0 else MORE))
 
 
-# ---- terminal -----------------------------------------------------------------------------------
-
-def ansi(text: str, value: float, limit: float, truecolour: bool) -> str:
-    """Black text on the value's colour, in 24 bits or as the nearest of 6 x 6 x 6 colours."""
-    red, green, blue = colour(value, limit)
-    if truecolour:
-        code = f"\033[38;2;0;0;0;48;2;{red};{green};{blue}m"
-    else:
-        # the six levels are 0, 95, 135, 175, 215, 255
-        r, g, b = (max(part > 47, round((part - 55) / 40)) for part in (red, green, blue))
-        code = f"\033[38;5;16;48;5;{16 + 36 * r + 6 * g + b}m"
-    return "\n".join(f"{code}{line}\033[0m" if line else "" for line in text.split("\n"))
-
-
-def print_responses(responses: list[Response], colours: bool) -> None:
-    """Coloured text; without colours one row per token: value, log π, log π_ref, text."""
-    limit, truecolour = colour_limit(responses), os.environ.get("COLORTERM") in TRUECOLOUR
-    grey, plain = ("\033[90m", "\033[0m") if colours else ("", "")
-    for number, response in enumerate(responses):
-        if not number or response.prompt != responses[number - 1].prompt:
-            print(f"\n{grey}{visible(response.prompt)}{plain}")
-        print(f"\n[z = {response.score:g}, implicit reward {response.reward:+.3f} nats]")
-        if not colours:
-            print("    value     log pi log pi_ref  token")
-        for token in response.tokens:
-            text = visible(token.text)
-            if colours:
-                print(ansi(text, token.value, limit, truecolour), end="")
-            else:
-                print(f"{token.value:+9.4f} {token.policy_logp:10.4f} "
-                      f"{token.reference_logp:10.4f}  {text.replace(chr(10), '')}")
-        print()
-    if colours:
-        steps = [limit * step / 4 for step in range(-4, 5)]
-        print("\nbeta (log pi - log pi_ref), nats: " + "".join(
-            ansi(f" {step:+.2f} ", step, limit, truecolour) for step in steps))
-
-
 # ---- page ---------------------------------------------------------------------------------------
 
-PAGE = """\
+START = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -220,14 +187,18 @@ PAGE = """\
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What the policy likes more than its reference</title>
+"""
+PAGE = """\
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1rem/1.7 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; }}
+h1, h2 {{ line-height: 1.3; overflow-wrap: anywhere; }}
 .prompt {{ color: #666; font-size: .85rem; border-left: 3px solid; padding-left: 1rem; }}
 @media (prefers-color-scheme: dark) {{ .prompt {{ color: #aaa; }} }}
 .prompt, .response {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 .response span, .legend span {{ color: #000; padding: .1rem 0; border-radius: 2px; }}
-.legend span {{ padding: .1rem .5rem; }}
+.legend {{ position: sticky; top: 0; background: Canvas; padding: .3rem 0; }}
+.legend span {{ display: inline-block; padding: 0 .5rem; }}
 </style>
 </head>
 <body>
@@ -235,7 +206,7 @@ body {{ font: 1rem/1.7 system-ui, sans-serif; max-width: 50rem; margin: auto; pa
 <p>Each token's value is &beta; (log &pi; &minus; log &pi;<sub>ref</sub>) in nats; the values of a
 response sum to its implicit reward. Blue: the policy likes the token less than the reference does.
 Orange: more. Hold the pointer over a token for its numbers.</p>
-<p class="legend">{legend}</p>
+<p class="legend">{legend}<br>nats, {betas}</p>
 {body}
 </body>
 </html>
@@ -255,12 +226,12 @@ def token_span(token: Token, limit: float) -> str:
     return span(token.text, tip, token.value, limit)
 
 
-def page(runs: dict[str, list[Response]]) -> str:
-    """An HTML document of the responses of every run {name: responses}, on one colour scale."""
-    limit = colour_limit([response for responses in runs.values() for response in responses])
-    parts = []
-    for name, responses in runs.items():
-        parts.append(f"<h2>{html.escape(visible(name))}</h2>")
+def page(runs: dict[str, tuple[float, list[Response]]]) -> str:
+    """An HTML document of every run, {name: (beta, responses)}, on one colour scale."""
+    steps = colour_steps([one for _, responses in runs.values() for one in responses])
+    limit, parts = steps[-1], []
+    for name, (beta, responses) in runs.items():
+        parts.append(f"<h2>{html.escape(visible(name))}, &beta; = {beta:g}</h2>")
         for number, response in enumerate(responses):
             if not number or response.prompt != responses[number - 1].prompt:
                 parts.append(f'<p class="prompt">{html.escape(visible(response.prompt))}</p>')
@@ -268,9 +239,24 @@ def page(runs: dict[str, list[Response]]) -> str:
                          "nats</p>")
             parts.append('<p class="response">' + "".join(
                 token_span(token, limit) for token in response.tokens) + "</p>")
-    steps = [limit * step / 4 for step in range(-4, 5)]
-    legend = "".join(span(f"{step:+.2f}", "nats", step, limit) for step in steps)
-    return PAGE.format(legend=legend, body="\n".join(parts))
+    ends = {steps[0]: "and below", limit: "and above"}
+    legend = "\n".join(span(f"{step:+.10g} {ends.get(step, '')}".strip() if step else "0", "nats",
+                            step, limit) for step in steps)
+    betas = " and ".join(f"&beta; = {beta:g}" for beta in dict.fromkeys(
+        beta for beta, _ in runs.values()))
+    return START + PAGE.format(legend=legend, betas=betas, body="\n".join(parts))
+
+
+def check_out(path: str) -> None:
+    """Raise ValueError for a file that is not a page of ours: nothing else is overwritten."""
+    if os.path.lexists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                ours = file.read(len(START)) == START
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise ValueError(f"--html {path} exists and is not a heat map; choose another name")
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -278,14 +264,10 @@ def page(runs: dict[str, list[Response]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_ranges(args, ("first",), {})
-    runs = {}
-    for path in args.runs:
-        runs[path] = run_responses(path, args.dataset, args.beta, args.first)
-        print(f"\n{visible(path)}")
-        print_responses(runs[path], sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    if args.html:
-        write_text(args.html, page(runs))
-        print(f"\nwritten: {args.html}")
+    check_out(args.html)
+    runs = {path: run_responses(path, args.dataset, args.beta, args.first) for path in args.runs}
+    write_text(args.html, page(runs))
+    print(f"wrote {args.html}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from model import load_llama
 from packing import build_stream, make_trees
 from step import sequence_logps, token_logps
 from tools import heatmap
-from tools.heatmap import Response, Token, ansi, colour, join_bytes, print_responses, visible
+from tools.heatmap import Response, Token, colour, join_bytes, visible
 from world import answers, held_out_prompts, question
 
 RECORDS = [Record((("Human", "How do I fix it?"),), ("My friend paints a red boat.", "né 😀中"),
@@ -110,16 +110,9 @@ def test_broken_bytes_are_shown_and_lose_no_token(tiny_tokenizer):
     assert join_bytes(tokenizer, ids[:1]) == [("\ufffd", 1)]
 
 
-def test_nothing_in_a_text_steers_the_terminal(capsys):
+def test_hidden_characters_are_shown_as_escapes():
     hostile = "\x1b[2J\x9b31m\r\b\u202egnp\x07 ok\nnext"
     assert visible(hostile) == "\\x1b[2J\\x9b31m\\r\\x08\\u202egnp\\x07 ok↵\nnext"
-    response = Response(hostile, [Token(hostile, -1.0, -2.0, 0.1)], 1.0, 0.1)
-    for colours in (False, True):
-        print_responses([response], colours)
-        out = capsys.readouterr().out
-        ours = re.compile(r"\033\[(\d+;)*\d+m")
-        assert ours.sub("", out).replace("\n", "").isprintable()
-        assert ("\033" in out) == colours
 
 
 # ---- colours ------------------------------------------------------------------------------------
@@ -136,28 +129,25 @@ def test_colours_diverge_from_the_middle_and_saturate():
     assert colour(0.0, 2.0) == neither and colour(-0.0, 2.0) == neither
     assert colour(2.0, 2.0) == colour(9.0, 2.0) == more and colour(-2.0, 2.0) == less
     assert colour(1.0, 2.0) == tuple(round((a + b) / 2) for a, b in zip(neither, more))
-    tokens = [Token("a", 0.0, 0.0, value / 100) for value in range(-100, 100)]
-    assert heatmap.colour_limit([Response("p", tokens, 1.0, 0.0)]) == pytest.approx(0.95, abs=0.02)
-    assert heatmap.colour_limit([Response("p", [Token("a", 0.0, 0.0, 0.0)], 1.0, 0.0)]) > 0
 
 
-def test_black_text_is_readable_on_every_colour_in_both_palettes():
+@pytest.mark.parametrize("largest, step, count", [
+    (0.37, 0.1, 4), (0.26, 0.1, 3), (1.0, 0.5, 2), (0.4, 0.1, 4), (17, 5, 4), (0.0021, 0.001, 3),
+    (0.8, 0.2, 4), (0.9, 0.5, 2)])
+def test_the_legend_counts_in_ones_twos_or_fives(largest, step, count):
+    # 95 % of the tokens are at most the largest; the one beyond does not stretch the scale.
+    tokens = [Token("a", 0.0, 0.0, sign * largest) for sign in (1, -1)] * 20 + [
+        Token("a", 0.0, 0.0, 99.0)]
+    steps = heatmap.colour_steps([Response("p", tokens, 1.0, 0.0)])
+    assert steps == pytest.approx([number * step for number in range(-count, count + 1)])
+    nothing = heatmap.colour_steps([Response("p", [Token("a", 0.0, 0.0, 0.0)], 1.0, 0.0)])
+    assert nothing[0] < 0 < nothing[-1]
+
+
+def test_black_text_is_readable_on_every_colour():
     # WCAG AA: contrast (L + .05) / .05 of at least 4.5 with black
-    levels = [0, 95, 135, 175, 215, 255]
     for step in range(-50, 51):
-        rgb = colour(step / 50, 1.0)
-        index = int(re.search(r"48;5;(\d+)m", ansi("x", step / 50, 1.0, False))[1]) - 16
-        cube = [levels[index // 36], levels[index // 6 % 6], levels[index % 6]]
-        for shown in (rgb, cube):
-            assert (luminance(shown) + 0.05) / 0.05 >= 4.5
-        for part, shown in zip(rgb, cube):                                # the nearest level
-            assert abs(part - shown) == min(abs(part - level) for level in levels)
-    assert "48;2;{};{};{}m".format(*heatmap.MORE) in ansi("x", 1.0, 1.0, True)
-
-
-def test_a_line_end_does_not_carry_the_colour_on():
-    assert ansi("a\nb", 0.0, 1.0, True).split("\n")[0].endswith("\033[0m")
-    assert ansi("\n", 0.0, 1.0, True) == "\n"
+        assert (luminance(colour(step / 50, 1.0)) + 0.05) / 0.05 >= 4.5
 
 
 # ---- page ---------------------------------------------------------------------------------------
@@ -172,7 +162,7 @@ class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += [(tag, *attribute) for attribute in attributes]
-        if tag != "meta":
+        if tag not in ("meta", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -185,17 +175,19 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_is_whole_and_a_response_cannot_write_markup():
     hostile = '<script>alert(1)</script>" onmouseover="x" style="{y}" \'&amp;'
     tokens = [Token(hostile, -1.5, -2.5, 0.1), Token("😀", -1.0, -0.5, -0.05)]
-    text = heatmap.page({"<b>run</b>\x1b": [Response("<i>ask</i>\x1b {x}", tokens, 1.0, 0.05)]})
+    response = Response("<i>ask</i>\x1b {x}", tokens, 1.0, 0.05)
+    text = heatmap.page({"<b>run</b>\x1b": (0.1, [response])})
     reader = Reader()
     reader.feed(text)
     assert reader.open == [] and text.startswith("<!DOCTYPE html>")
     assert set(reader.tags) == {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p",
-                                "sub", "span"}
+                                "sub", "span", "br"}
     assert {name for _, name, _ in reader.attributes} <= {
         "lang", "charset", "http-equiv", "content", "name", "class", "style", "title"}
     for shown in (hostile, "😀", "<b>run</b>\\x1b", "<i>ask</i>\\x1b {x}",
                   "implicit reward +0.050"):
         assert shown in reader.text
+    assert "β = 0.1" in reader.text and "+0.05\n+0.1 and above" in reader.text
     for outside in ("http:", "https:", "url(", "src=", "@import", "<link"):
         assert outside not in text
     tips = [value for tag, name, value in reader.attributes if (tag, name) == ("span", "title")]
@@ -219,38 +211,47 @@ def run_folder(tiny_model, tmp_path):
     return tmp_path / "run"
 
 
-def test_the_command_shows_and_writes_the_first_records(run_folder, capsys):
-    heat, dataset = run_folder.parent / "heat.html", str(run_folder.parent / "data.jsonl")
-    heatmap.main([str(run_folder), "--first", "2", "--dataset", dataset, "--html", str(heat)])
-    out = capsys.readouterr().out
-    assert "\033" not in out                       # stdout is no terminal here: plain numbers
-    blocks = re.split(r"\[z = [01], implicit reward ([+-][\d.]+) nats\]\n", out)
-    assert len(blocks) == 1 + 2 * 4                # 2 records, 2 responses each
-    for reward, rows in zip(blocks[1::2], blocks[2::2]):
-        values = [float(value) for value in re.findall(r"^ *([+-]\d+\.\d{4}) ", rows, re.M)]
-        assert len(values) > 3
-        assert sum(values) == pytest.approx(float(reward), abs=1e-3 + 5e-5 * len(values))
+def read_page(path):
     reader = Reader()
-    reader.feed(heat.read_text(encoding="utf-8"))
-    assert reader.open == [] and "<b>Nobody</b>" in reader.text and "😀" in reader.text
-    assert "b" not in reader.tags and "0 boats?" in reader.text and "2 boats?" not in reader.text
-    assert str(run_folder) in reader.text
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert reader.open == []
+    return reader
 
 
-def test_beta_scales_the_values(run_folder, capsys):
+def test_the_command_writes_the_first_records(run_folder, tmp_path, capsys):
+    heat, dataset = tmp_path / "heat.html", str(tmp_path / "data.jsonl")
+    argv = [str(run_folder), "--first", "2", "--dataset", dataset, "--html", str(heat)]
+    heatmap.main(argv)
+    assert capsys.readouterr().out == f"wrote {heat}\n"
+    reader = read_page(heat)
+    assert "<b>Nobody</b>" in reader.text and "😀" in reader.text and "b" not in reader.tags
+    assert "0 boats?" in reader.text and "2 boats?" not in reader.text
+    assert f"{run_folder}, β = 0.5" in reader.text and "nats, β = 0.5" in reader.text
+    rewards = [float(found) for found in re.findall("implicit reward (\\S+) nats", reader.text)]
+    tips = [text for _, name, text in reader.attributes if name == "title" and ": value" in text]
+    values = [float(re.search("value (\\S+), log pi", tip)[1]) for tip in tips]
+    assert len(rewards) == 4 and sum(values) == pytest.approx(sum(rewards), abs=0.01)
+    heatmap.main(argv)                                   # a page of ours is written anew
+    heat.write_text("my notes")
+    with pytest.raises(ValueError, match="heat.html exists and is not a heat map"):
+        heatmap.main(argv)
+    assert heat.read_text() == "my notes"
+
+
+def test_beta_scales_the_values(run_folder):
     # Without --beta it is the run's own, 0.5.
     dataset, rewards = str(run_folder.parent / "data.jsonl"), []
-    for flags in ([], ["--beta", "0.5"], ["--beta", "2"]):
-        heatmap.main([str(run_folder), "--dataset", dataset, *flags])
-        found = re.findall(r"implicit reward (\S+) nats", capsys.readouterr().out)
-        rewards.append([float(reward) for reward in found])
+    for beta in (None, 0.5, 2.0):
+        used, responses = heatmap.run_responses(str(run_folder), dataset, beta, 3)
+        assert used == (beta or 0.5)
+        rewards.append([response.reward for response in responses])
     assert rewards[0] == rewards[1] and len(rewards[0]) == 6 and any(rewards[0])
     assert rewards[2] == pytest.approx([4 * reward for reward in rewards[0]], abs=3e-3)
 
 
 def test_on_the_world_it_shows_the_answers_of_extreme_reward(run_folder, monkeypatch):
     monkeypatch.setattr(heatmap, "on_world", lambda flags, dataset: dataset is None)
-    shown = heatmap.run_responses(str(run_folder), None, None, 3)
+    _, shown = heatmap.run_responses(str(run_folder), None, None, 3)
     assert len(shown) == 6
     for prompt, best, worst in zip(held_out_prompts(), shown[::2], shown[1::2]):
         rewards = {text: reward for text, reward, *_ in answers(*prompt)}
