@@ -67,7 +67,7 @@ from torch import Tensor
 
 from data import ROLES, Record, Tokenizer, encode_dialogue, read_prompts
 from files.text import append_text
-from kernels.attention import attention_segments
+from kernels.attention import attention_segments, exact_backends
 from lora import load_adapter, lora_disabled, start_from_adapter
 from model import Cache, Llama, LlamaConfig, linear, load_llama
 from packing import group_by_size, truncate
@@ -237,7 +237,8 @@ def generate_tokens(model: Llama, prompts: list[list[int]], sampling: Sampling,
                 order = cache.compact(alive)
                 rows, order = [rows[place] for place in order], torch.tensor(order, device=device)
                 input_ids, position_ids, noise = input_ids[order], position_ids[order], noise[order]
-            hidden = model(input_ids, position_ids, None, attend)                # [B, D]
+            with exact_backends(device.type):
+                hidden = model(input_ids, position_ids, None, attend)            # [B, D]
             cache.end += 1
             position_ids = position_ids + 1
     finally:

@@ -211,7 +211,10 @@ class Cache:
 
     def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segments: None) -> Tensor:
         """`attention` of one new token per row: [B, H, Dh], [B, Hkv, Dh] -> [B, H, Dh]."""
-        rows, seen = slice(len(self.starts)), slice(min(self.starts), self.end + 1)
+        first = min(self.starts)
+        if q.is_cuda:                # whose attention reads a mask from addresses of 16 bytes only
+            first -= first % 8
+        rows, seen = slice(len(self.starts)), slice(first, self.end + 1)
         keys, values = self.keys[layer], self.values[layer]
         keys[rows, :, self.end], values[rows, :, self.end] = k, v
         # queries that share a key head are passed as a sequence of G: no key is repeated

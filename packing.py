@@ -282,13 +282,13 @@ def build_stream(trees: list[Tree], device: torch.device | str = "cpu",
         reference_logps=None if cached is None else to_device(cached, device))
 
 
-def idle_stream(device: torch.device | str = "cpu", attention: str = "dense") -> Stream:
+def idle_stream(device: torch.device | str = "cpu") -> Stream:
     """A stream of one token and no response: a pass that only keeps sharded ranks in step."""
     token, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     return Stream(
         **{name: to_device(token, device) for name in (
             "input_ids", "position_ids", "tree_ids", "branch_ids")},
-        segments=attention_segments([0], [0], device, attention),
+        segments=attention_segments([0], [0], device),
         **{name: to_device(nothing, device) for name in (
             "rows", "row_ids", "labels", "response_ids")},
         scores=to_device(torch.zeros(0), device), pairs=to_device(nothing.view(-1, 2), device))

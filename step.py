@@ -290,7 +290,7 @@ def micro_batches(trees: list[Tree], method: Method, compute: Compute,
               no token where none does, or where the trees have its log-probs cached
     """
     groups = group_trees(trees, method, compute.micro_tokens)
-    idle = idle_stream(compute.device, compute.attention) if passes else None
+    idle = idle_stream(compute.device) if passes else None
     for group in groups:
         stream = build_stream(group, compute.device, None, compute.attention)
         if method.reference == "none" or stream.reference_logps is not None:

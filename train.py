@@ -48,7 +48,7 @@ from training.ranks import (MAX_GRAD_NORM, Ranks, all_reduce_gradients_, clip_gr
                             learning_rate, running)
 from training.reference_cache import cache_reference, reference_key
 from training.setup import Setup, describe_reference, set_up
-from training.start_check import CHECKED_DEVICES, check_start
+from training.start_check import checked
 from ulma import response_logps
 from world import base_model, data_file, ensure_world
 
@@ -246,12 +246,8 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
             "reference": describe_reference(args, method)}
         with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):
             setup = set_up(args, methods, ranks, device)
-            if device.type in CHECKED_DEVICES:
-                flags["start_check"] = errors = check_start(
-                    setup.model, [setup.trees[n] for n in setup.batches[0]], method, compute)
-                if ranks.is_first:
-                    print("checked against plain torch, relative errors:", ", ".join(
-                        f"{name} {error:.1e}" for name, error in errors.items()))
+            flags |= checked(setup.model, [setup.trees[n] for n in setup.batches[0]], compute,
+                             ranks)
             if ranks.is_first:
                 claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
             ranks.barrier()

@@ -66,7 +66,7 @@ class Stage:
 def pytest(*words: str) -> list[str]:
     """The command of pytest, in 4 processes where pytest-xdist is installed."""
     spread = ["-n", "4"] if util.find_spec("xdist") else []
-    return ["-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", *spread, *words]
+    return ["-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider", *spread, *words]
 
 
 def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:

@@ -39,7 +39,7 @@ STAGES = ("import", "load", "forward", "step")
 # ---- the model on disk --------------------------------------------------------------------------
 
 def build(folder: Path, config: "LlamaConfig", source: str, shard_bytes: int) -> None:
-    """Write a random model (std 0.02), one shard in memory at a time, and flush it to disk.
+    """Write a model of random values (std 0.02), one shard in memory at a time, and flush it to disk.
 
     source   "safetensors": bfloat16; "bin": float16 state dicts with an index, of torch.save
     """
@@ -53,11 +53,14 @@ def build(folder: Path, config: "LlamaConfig", source: str, shard_bytes: int) ->
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Llama(config).state_dict().items()}
     torch.manual_seed(0)
+    values = torch.empty(2 ** 20, dtype=torch.bfloat16).normal_(std=0.02)
 
     def tensor_of(name: str) -> torch.Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shapes[name], dtype=torch.bfloat16)
-        return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
+        # the same values again and again, from another start: 7B anew would take half a minute
+        size, start = shapes[name].numel(), int(torch.randint(len(values), ()))
+        return values.roll(start).repeat(-(-size // len(values)))[:size].view(shapes[name])
 
     write_config(config, "bfloat16", str(folder))
     write_weights(str(folder), {name: 2 * shape.numel() for name, shape in shapes.items()},
@@ -103,6 +106,7 @@ def work(folder: str, device: str) -> None:
 
     import torch
 
+    from kernels.attention import choose_attention
     from lora import add_lora, lora_disabled
     from model import linear, load_llama
     from packing import Tree
@@ -125,7 +129,8 @@ def work(folder: str, device: str) -> None:
     ids = torch.randint(3, model.config.vocab_size, (pairs, 2 * size), generator=generator)
     trees = [Tree([1] + row[:size], [row[size:-size // 2] + [2], row[-size // 2:] + [2]],
                   [1.0, 0.0], [(0, 1)]) for row in ids.tolist()]
-    objective, compute = Objective(METHODS["ulma"]), Compute(device)
+    objective = Objective(METHODS["ulma"])
+    compute = Compute(device, attention=choose_attention("auto", device))
     totals = accumulate_gradient(model, partial(lora_disabled, model),
                                  micro_batches(trees, objective.method, compute),
                                  batch_counts(trees), objective, compute)

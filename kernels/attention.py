@@ -10,6 +10,7 @@
              Needs a GPU
 """
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -174,8 +175,22 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[list[Tensor]]
 
 
 @cache
-def compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=True)
+def compiled_flex_attention() -> Callable:
+    # Compiled anew for each dtype, head size and grad mode, and for streams of one block. Beyond its
+    # limit torch would go on with all [T, T] scores in memory; with fullgraph it raises an error.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, all of them with a gradient if any is to have one.
+
+    In the first layer k often needs none, and for that alone FlexAttention would be compiled again;
+    its backward makes all three gradients anyhow.
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return tensors
+    return tuple(t if t.requires_grad else t.detach().requires_grad_() for t in tensors)
 
 
 def exact_backends(device_type: str) -> contextlib.AbstractContextManager:
@@ -201,13 +216,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None)
     """
     if isinstance(segments, TreeSegments):
         return tree_attention(q, k, v, segments)
+    if isinstance(segments, BlockMask):
+        q, k, v = alike(q, k, v)
     groups = q.shape[1] // k.shape[1]          # query heads per key head
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))                       # [1, H, T, Dh]
     if isinstance(segments, BlockMask):
         flex = compiled_flex_attention() if q.is_cuda else flex_attention
-        return flex(q, k, v, block_mask=segments)[0].transpose(0, 1)             # [T, H, Dh]
+        # torch has another kernel for streams below 128 tokens: one kernel, the one that is checked
+        mixed = flex(q, k, v, block_mask=segments,
+                     kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
+        return mixed[0].transpose(0, 1)                                          # [T, H, Dh]
     with exact_backends(q.device.type):
         if segments is None:
             output = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -41,20 +41,23 @@ from torch.optim import Optimizer
 from data import describe_data, read_prompts, split_by_prompt
 from files.cli import run_cli, time_left
 from generate import Sampling, row_seeds
+from kernels import choose_linear_logps
+from kernels.attention import choose_attention
 from lora import add_lora, add_score_head, load_adapter, share_base
 from model import Llama
-from packing import build_stream, epoch_batches, pack, plan_batches, shard, truncate
+from packing import Tree, build_stream, epoch_batches, pack, plan_batches, shard, truncate
 from rlhf.flags import INHERITED, WORLD_FLAGS, build_parser, check_flags
 from rlhf.formulas import clipped_policy_loss, clipped_value_loss, gae, kl_penalised_rewards, whiten
 from rlhf.rollouts import (Rollout, batch_metrics, exchange, joined, sample_responses,
                            score_responses, token_values, true_rewards, world_rewards)
-from step import token_logps
+from step import Compute, token_logps
 from tokenizer import Tokenizer, encode_dialogue
 from training.checkpoint import (RunFolder, base_name, load_run, read_run, resume, save_final,
                                  save_or_stop, trainable, trained_template)
 from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
 from training.ranks import (MAX_GRAD_NORM, Ranks, all_reduce_gradients_, clip_gradients_,
                             learning_rate, running)
+from training.start_check import checked
 from world import on_world
 
 
@@ -87,20 +90,19 @@ class Clipping:
 
 
 def accumulate_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens: int,
-                        clipping: Clipping, micro_tokens: int) -> Tensor:
+                        clipping: Clipping, compute: Compute) -> Tensor:
     """Forward and backward of this rank's share of a minibatch; returns [loss, *UPDATE_METRICS].
 
     models       "policy" and "value"
     num_tokens   of the responses of the whole minibatch: what the loss is divided by
     """
-    device = models["policy"].lm_head.weight.device
-    totals = torch.zeros(1 + len(UPDATE_METRICS), dtype=torch.float64, device=device)
-    for group in pack(rollouts, micro_tokens):
-        stream = build_stream(group, device)
-        old_logps = joined(group, "per_token_logps", device)                     # [N] each
-        old_values, returns = joined(group, "values", device), joined(group, "returns", device)
-        advantages = joined(group, "advantages", device)
-        logps = token_logps(models["policy"], stream)
+    totals = torch.zeros(1 + len(UPDATE_METRICS), dtype=torch.float64, device=compute.device)
+    for group in pack(rollouts, compute.micro_tokens):
+        stream = build_stream(group, compute.device, attention=compute.attention)
+        old_logps, old_values, advantages, returns = (                           # [N] each
+            joined(group, name, compute.device)
+            for name in ("per_token_logps", "values", "advantages", "returns"))
+        logps = token_logps(models["policy"], stream, compute.linear_logps)
         values = token_values(models["value"], stream)
         policy_losses = clipped_policy_loss(logps, old_logps, advantages, clipping.cliprange)
         value_losses = clipped_value_loss(values, old_values, returns, clipping.cliprange_value)
@@ -115,7 +117,7 @@ def accumulate_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens:
 
 
 def update(args: argparse.Namespace, models: ModuleDict, optimizer: Optimizer,
-           rollouts: list[Rollout], step: int, ranks: Ranks) -> list[float]:
+           rollouts: list[Rollout], step: int, compute: Compute, ranks: Ranks) -> list[float]:
     """All updates on one batch; returns means over them: [loss, *UPDATE_METRICS, stop signal,
     gradient norm]."""
     parameters, rows = list(trainable(models).values()), []
@@ -127,7 +129,7 @@ def update(args: argparse.Namespace, models: ModuleDict, optimizer: Optimizer,
             minibatch = [rollouts[number] for number in numbers]
             num_tokens = sum(len(rollout.per_token_logps) for rollout in minibatch)
             share = shard(minibatch, ranks.world_size)[ranks.rank]
-            totals = accumulate_gradient(models, share, num_tokens, clipping, args.micro_tokens)
+            totals = accumulate_gradient(models, share, num_tokens, clipping, compute)
             totals = all_reduce_gradients_(
                 parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
             grad_norm = clip_gradients_(parameters, MAX_GRAD_NORM, totals[0],
@@ -155,7 +157,7 @@ class Setup:
     folder: RunFolder
 
 
-def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
+def train(args: argparse.Namespace, setup: Setup, compute: Compute, ranks: Ranks) -> None:
     """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
     models, batches, eos_ids = setup.models, setup.batches, setup.tokenizer.eos_ids
     sampling = Sampling(args.max_new_tokens, eos_id=eos_ids, unused_ids=setup.tokenizer.unused_ids(
@@ -175,9 +177,10 @@ def train(args: argparse.Namespace, setup: Setup, ranks: Ranks) -> None:
                                  sampling, ranks)
         rollouts = exchange(score_responses(
             models["policy"], models["value"], setup.reward_model, trees, eos_ids,
-            args.missing_eos_penalty, args.micro_tokens), ranks.world_size)
+            args.missing_eos_penalty, compute), ranks.world_size)
         rollouts = add_advantages(rollouts, args.beta, args.gamma, args.lam)
-        _, *means, stop_signal, grad_norm = update(args, models, optimizer, rollouts, step, ranks)
+        _, *means, stop_signal, grad_norm = update(args, models, optimizer, rollouts, step, compute,
+                                                   ranks)
         if ranks.is_first:
             now, tokens = time.perf_counter(), sum(rollout.num_tokens for rollout in rollouts)
             line = {"step": step + 1} | batch_metrics(rollouts, args.beta, eos_ids)
@@ -272,13 +275,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with running() as (ranks, device):
         inputs = args.sft_adapter, os.path.join(args.reward_model, "final")
         flags = run_flags(args, inputs, ranks, device)
+        compute = Compute(device, args.micro_tokens, choose_linear_logps("auto", device.type),
+                          choose_attention("auto", device.type))
         with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):
             setup = set_up(args, ranks)
+            # nothing is sampled yet: every prompt answers itself
+            trees = [Tree(ids, [ids], [0.0], []) for ids, _ in setup.prompts[:args.batch_size]]
+            flags |= checked(setup.models["policy"], trees, compute, ranks)
             if ranks.is_first:
                 claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
             ranks.barrier()
             with ranks.stop:
-                train(args, setup, ranks)
+                train(args, setup, compute, ranks)
             if ranks.is_first:
                 save_final(setup.folder, setup.models["policy"], setup.tokenizer)
 

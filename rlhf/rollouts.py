@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from generate import Sampling, generate
-from kernels import linear_logps
 from lora import lora_disabled
 from model import Llama
 from packing import Stream, Tree, build_stream, pack
-from step import feed_last_tokens, scored_hidden, stream_rewards
+from step import Compute, feed_last_tokens, scored_hidden, stream_rewards
 from tokenizer import Tokenizer
 from training.ranks import Ranks, gather
 from world import answers, prompts, question
@@ -60,20 +59,21 @@ def token_values(value: Llama, stream: Stream) -> Tensor:
 @torch.no_grad()
 def score_responses(policy: Llama, value: Llama, reward_model: Llama, trees: list[Tree],
                     eos_ids: Collection[int], missing_eos_penalty: float,
-                    micro_tokens: int) -> list[Rollout]:
+                    compute: Compute) -> list[Rollout]:
     """The rollouts of sampled trees: log-probs, values and rewards of all of them.
 
     missing_eos_penalty   taken off the reward of a response that was cut: it does not end in EOS
     """
-    rollouts, device = [], policy.lm_head.weight.device
-    for group in pack(trees, micro_tokens):
-        stream = build_stream(group, device)
+    rollouts, layout = [], {"device": compute.device, "attention": compute.attention}
+    for group in pack(trees, compute.micro_tokens):
+        stream = build_stream(group, **layout)
         hidden = scored_hidden(policy, stream)                                   # [N, D]
         with lora_disabled(policy) as reference:
             reference_hidden = scored_hidden(reference, stream)                  # [N, D]
-        logps = linear_logps(hidden, reference_hidden, policy.lm_head.weight, stream.labels,
-                             stream.labels, entropy=True, kl=True)               # [N] each
-        rewards = stream_rewards(reward_model, build_stream(feed_last_tokens(group), device))
+        logps = compute.linear_logps(                                            # [N] each
+            hidden, reference_hidden, policy.lm_head.weight, stream.labels, stream.labels,
+            entropy=True, kl=True)
+        rewards = stream_rewards(reward_model, build_stream(feed_last_tokens(group), **layout))
         lengths = [sum(map(len, tree.response_ids)) for tree in group]
         columns = {"per_token_logps": logps.policy_logps,
                    "reference_per_token_logps": logps.reference_logps,

@@ -17,6 +17,7 @@ from files.weights import weight_files
 from lora import add_lora, lora_layers, save_adapter
 from model import Llama, save_llama
 from rlhf.rollouts import score_responses
+from step import Compute
 
 # ---- weight files -------------------------------------------------------------------------------
 
@@ -127,4 +128,4 @@ def three_models():
 def make_rollouts(policy, value, reward_model, trees=None):
     """The rollouts of some trees, EOS being token 2 and its penalty 0.5."""
     return score_responses(policy, value, reward_model, trees or make_trees(), eos_ids={2},
-                           missing_eos_penalty=0.5, micro_tokens=64)
+                           missing_eos_penalty=0.5, compute=Compute(micro_tokens=64))

@@ -108,7 +108,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, model, pairs_f
             shutil.rmtree(folder)
     finish(model, pairs_file, broken, "--max_steps", "6")
     for mine, other in zip(logged(broken), logged(whole), strict=True):
-        assert mine == pytest.approx(other, rel=1e-5, abs=1e-7)
+        # a GPU adds up responses in any order; a moment that was lost would be seen in 1e-2
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("part", ["attention", "rms_norm", "lora_linear"])
@@ -129,10 +130,10 @@ def test_a_run_whose_kernel_is_wrong_ends_before_its_first_step(part, tmp_path, 
 
 @pytest.mark.parametrize("flags, bound", [
     ((), 2e-4), (("--kernels", "triton"), 2e-4), (("--kernels", "torch"), 2e-4),
-    (("--bf16",), 2e-2)], ids=["flex", "tree", "dense", "bf16"])
+    (("--bf16",), 5e-3)], ids=["flex", "tree", "dense", "bf16"])
 def test_thirty_steps_follow_the_cpu_in_float32(flags, bound, tmp_path, model, pairs_file, cpu_run):
     # Losses and rewards of every step. float32 sums in another order, 30 updates of 1e-3: 2e-4 of
-    # the loss; bfloat16 weights are another model: 2e-2.
+    # the loss; bfloat16 weights are another model: 5e-3 (on a CPU they give 6e-4).
     steps, expected = cpu_run
     finish(model, pairs_file, tmp_path / "gpu", *steps, *flags)
     lines = list(zip(logged(tmp_path / "gpu"), expected, strict=True))
@@ -191,7 +192,7 @@ def test_one_rank_over_nccl_sharded_or_not_has_the_gradient_of_a_process(one_ncc
     assert reduced == pytest.approx(losses.tolist(), rel=1e-6)
     device = torch.device("cuda", 0)
     sharded = shard_layers(small.cpu(), device)
-    assert start_check.check_start(sharded, make_trees(), METHODS["ulma"], Compute(
+    assert start_check.check_start(sharded, make_trees(), Compute(
         device, 60, choose_linear_logps("auto", "cuda"), "flex")).keys() == CHECKED
     assert_close(step(sharded), losses, rtol=1e-5, atol=1e-6)
     assert_close(flat_gradient(sharded), expected, rtol=1e-4, atol=1e-6)

@@ -189,10 +189,9 @@ def load_checkpoint(path: str, model: nn.Module, optimizer: Optimizer) -> dict:
     moments = load_file(os.path.join(path, "optimizer.safetensors"))
     for name, p in trainable(model).items():
         if f"step.{name}" in moments:
-            optimizer.state[p] = {
-                "step": moments[f"step.{name}"],                         # AdamW has it on the CPU
-                "exp_avg": moments[f"exp_avg.{name}"].to(p.device),
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(p.device)}
+            # "step" too: on a GPU the fused AdamW reads it there
+            optimizer.state[p] = {key: moments[f"{key}.{name}"].to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
     return state
 
 

@@ -79,13 +79,19 @@ def flushes_denormals() -> bool:
     return bool((torch.tensor([1e-40]) * torch.ones(1) == 0).all())
 
 
+def own_device() -> torch.device:
+    """This rank's GPU, the current one from here on; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
 def set_up_processes() -> tuple[int, int, torch.device]:
     """(rank, world_size, device) from torchrun's environment; (0, 1, …) without it."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = own_device()
     if world_size > 1:
         store, *_ = next(dist.rendezvous("env://"))
         # torchrun's store outlives a restart: without a prefix the addresses of dead ranks are read
@@ -138,7 +144,8 @@ def running() -> Iterator[tuple[Ranks, torch.device]]:
     # Squared gradients of never-seen tokens sink below 1e-38; a CPU is then 20 times slower.
     torch.set_flush_denormal(True)
     try:
-        with torch.random.fork_rng():
+        device = own_device()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             rank, world_size, device = set_up_processes()
             peers = Peers() if world_size > 1 else None
             yield Ranks(rank, world_size, Stop()), device

@@ -22,8 +22,9 @@ from kernels.layers import rms_norm, rms_norm_torch, rotary, rotary_torch, swigl
 from kernels.lora_linear import lora_linear, lora_linear_torch
 from lora import LoRALinear
 from model import Layer, Llama, rotary_angles
-from packing import Stream, Tree, build_stream
-from step import Compute, Method, group_trees
+from packing import Stream, Tree, build_stream, pack
+from step import Compute
+from training.ranks import Ranks
 
 CHECKED_DEVICES = ("cuda",)          # elsewhere plain torch is what runs
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}        # of the truth
@@ -113,11 +114,13 @@ def layer_errors(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor,
 
 
 @torch.no_grad()
-def check_start(model: Llama, trees: list[Tree], method: Method,
-                compute: Compute) -> dict[str, float]:
+def check_start(model: Llama, trees: list[Tree], compute: Compute) -> dict[str, float]:
     """The largest relative error of every function, on the first micro-batch of `trees`; raises
-    ValueError, one sentence with the figures, for an error beyond what is allowed."""
-    group = group_trees(trees, method, compute.micro_tokens)[0]
+    ValueError, one sentence with the figures, for an error beyond what is allowed.
+
+    model   a policy; or a reward model, of which the vocabulary's head is not checked
+    """
+    group = pack(trees, compute.micro_tokens)[0]
     stream = build_stream(group, compute.device, None, compute.attention)
     config, layers, errors = model.config, model.model.layers, {}
     x = model.model.embed_tokens(stream.input_ids)                               # [T, D]
@@ -145,7 +148,7 @@ def check_start(model: Llama, trees: list[Tree], method: Method,
 
     hidden = model(stream.input_ids, stream.position_ids, stream.segments, [
         lambda *tensors, number=i: attend(number, *tensors[:4]) for i in range(len(layers))])
-    if not method.reward_model:
+    if not hasattr(model, "score"):
         hidden, labels = hidden[stream.predict_from], stream.labels              # [N, D]
         rows = torch.linspace(0, len(labels) - 1, min(HEAD_ROWS, len(labels))).long().to(x.device)
 
@@ -160,3 +163,14 @@ def check_start(model: Llama, trees: list[Tree], method: Method,
                 hidden, hidden.detach(), model.lm_head.weight, labels, labels)[:2]], plain,
             (hidden,))
     return errors
+
+
+def checked(model: Llama, trees: list[Tree], compute: Compute, ranks: Ranks) -> dict[str, dict]:
+    """`check_start` where something else than plain torch runs; for args.json, and on the screen."""
+    if torch.device(compute.device).type not in CHECKED_DEVICES:
+        return {}
+    errors = check_start(model, trees, compute)
+    if ranks.is_first:
+        print("checked against plain torch, relative errors:", ", ".join(
+            f"{name} {error:.1e}" for name, error in errors.items()))
+    return {"start_check": errors}

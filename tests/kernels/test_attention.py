@@ -6,9 +6,11 @@ import pytest
 import torch
 from attention_rule import rule_mask, stream_ids, whole_mask
 from helpers import GQA, make_llama, random_trees
+from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.testing import assert_close
 
+import generate as generate_file
 import kernels.attention as attention_file
 from kernels.attention import (
     ATTENTIONS,
@@ -134,7 +136,7 @@ def test_dense_on_a_gpu_never_runs_cudnn(masked, monkeypatch):
                 "efficient": backends.mem_efficient_sdp_enabled(),
                 "math": backends.math_sdp_enabled()}
 
-    def record(q, k, v, **options):
+    def record(q, k, v, *mask, **options):
         seen.append(enabled())
         return q
     seen, before = [], enabled()
@@ -144,8 +146,33 @@ def test_dense_on_a_gpu_never_runs_cudnn(masked, monkeypatch):
     exact_backends = attention_file.exact_backends
     monkeypatch.setattr(attention_file, "exact_backends", lambda device: exact_backends("cuda"))
     attention(*torch.ones(3, 3, 2, 4), segments)
-    assert seen == [before, {"cudnn": False, "flash": False, "efficient": True, "math": True}]
-    assert enabled() == before
+    exact = {"cudnn": False, "flash": False, "efficient": True, "math": True}
+    assert seen == [before, exact] and enabled() == before
+    seen.clear()                                  # nor does decoding, two layers for two tokens
+    monkeypatch.setattr(generate_file, "exact_backends", lambda device: exact_backends("cuda"))
+    model, _ = make_llama(GQA)
+    generate_file.generate(model, [[1, 5]], 2, eos_id=None)
+    assert seen == [exact] * 4 and enabled() == before
+
+
+def test_flex_is_compiled_once_for_each_grad_mode(monkeypatch):
+    # Lengths of several blocks; a first layer whose k needs no gradient and whose v is a view of
+    # another shape, as q_proj and v_proj adapters make it; and no fall back to all scores at the end.
+    graphs = []
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)     # CPU: no backward
+    flex = torch.compile(flex_module.flex_attention, dynamic=True, fullgraph=True,
+                         backend=lambda graph, _: graphs.append(1) or graph)
+    monkeypatch.setattr(attention_file, "flex_attention", flex)
+    for tokens in (300, 1000, 512):
+        ids = [i // 50 for i in range(tokens)], [i % 50 // 20 for i in range(tokens)]
+        segments = attention_segments(*ids, how="flex")
+        for first_layer in (False, True):
+            q, k = (torch.randn(tokens, 4, 16).requires_grad_() * 1 for _ in range(2))
+            v = (torch.randn(tokens, 64).requires_grad_() * 1).unflatten(1, (4, 16))
+            attention(q, k.detach() if first_layer else k, v, segments)
+            with torch.no_grad():
+                attention(q.detach(), k.detach(), v.detach(), segments)
+    assert len(graphs) == 2
 
 
 def test_auto_is_what_is_known_to_be_right_there():

@@ -24,6 +24,7 @@ from rlhf import ppo
 from rlhf.ppo import (Clipping, accumulate_gradient, add_advantages, clipped_policy_loss,
                       clipped_value_loss, gae, kl_penalised_rewards, whiten)
 from rlhf.rollouts import token_values
+from step import Compute
 from training.checkpoint import trainable
 
 
@@ -147,7 +148,8 @@ def gradient(shares, micro_tokens=8192):
         for p in trainable(models).values():
             p *= 1.5
     count = sum(len(rollout.per_token_logps) for rollout in rollouts)
-    totals = sum(accumulate_gradient(models, share, count, Clipping(0.01, 0.01, 0.1), micro_tokens)
+    totals = sum(accumulate_gradient(models, share, count, Clipping(0.01, 0.01, 0.1),
+                                     Compute(micro_tokens=micro_tokens))
                  for share in shard(rollouts, shares))
     whole = torch.cat([p.grad.flatten() for p in trainable(models).values()])
     return totals, whole, (models, rollouts)

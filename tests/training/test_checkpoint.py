@@ -55,6 +55,18 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_restored_optimizer_has_everything_on_its_parameters_device(tmp_path):
+    # The fused AdamW of a GPU reads "step" from there too: on the CPU it was an illegal access.
+    model, optimizer = model_and_optimizer()
+    path = save_checkpoint(RunFolder(str(tmp_path), "base", 1), 1, model, optimizer)
+    model = make_model(torch.float32).to("meta")
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
+    load_checkpoint(path, model, optimizer)
+    states = [optimizer.state[p] for p in trainable(model).values()]
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in states)
+    assert {t.device.type for state in states for t in state.values()} == {"meta"}
+
+
 def test_a_flipped_byte_in_a_checkpoint_is_named(tmp_path):
     model, optimizer = model_and_optimizer()
     folder = RunFolder(str(tmp_path), "base", save_steps=1)

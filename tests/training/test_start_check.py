@@ -6,12 +6,12 @@ import json
 import math
 import re
 
+import conftest
 import pytest
 import torch
 from attention_rule import plain_attention, rule_mask
 from helpers import finish, make_model, make_trees, usable
 
-import train
 from files.cli import run_cli
 from kernels import linear_logps
 from kernels.attention import attention
@@ -34,7 +34,7 @@ BREAKS = {      # a function of the file: what it returns, made wrong; which par
 def check(method="ulma", dtype=torch.float32, score_head=False, **changes):
     model = make_model(dtype=dtype, score_head=score_head)
     trees = usable(make_trees(), METHODS[method].trains_on)
-    return check_start(model, trees, METHODS[method], Compute(micro_tokens=60, **changes))
+    return check_start(model, trees, Compute(micro_tokens=60, **changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,14 +106,14 @@ def test_nan_in_a_gradient_of_any_layer_is_refused(monkeypatch):
     model.model.layers.extend(layers.float())
     monkeypatch.setattr(start_check, "attention", broken)
     with pytest.raises(ValueError, match="^attention .dense, layer 2. .*not finite"):
-        check_start(model, make_trees(), METHODS["ulma"], Compute(micro_tokens=60))
+        check_start(model, make_trees(), Compute(micro_tokens=60))
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_run_is_checked_before_anything_is_written(right, tmp_path, tiny_model, pairs_file,
                                                      monkeypatch, capsys):
     # On a GPU; here a CPU counts as one. A resumed run is checked again, and its figures may differ.
-    monkeypatch.setattr(train, "CHECKED_DEVICES", ("cpu",))
+    monkeypatch.setattr(start_check, "CHECKED_DEVICES", ("cpu",))
     out = tmp_path / "run"
     if not right:
         monkeypatch.setattr(start_check, "swiglu", lambda gate, up: gate * up)
@@ -128,6 +128,18 @@ def test_a_run_is_checked_before_anything_is_written(right, tmp_path, tiny_model
     assert list(flags["start_check"]) == PARTS
     flags["start_check"]["attention"] *= 1.01
     assert changed_flags(str(out / "args.json"), flags) == ("", "")
+
+
+def test_ppo_is_checked_as_train_is(tmp_path, tiny_model, pairs_file, monkeypatch):
+    monkeypatch.setattr(start_check, "CHECKED_DEVICES", ("cpu",))
+    finish(tiny_model, pairs_file, tmp_path / "reward", "--method", "reward_model",
+           "--max_steps", "1")
+    shown = conftest.finish("rlhf.ppo", "--reward_model", tmp_path / "reward", "--output_dir",
+                            tmp_path / "ppo", "--batch_size", "2", "--max_steps", "1",
+                            "--max_new_tokens", "4")
+    assert "checked against plain torch, relative errors: RMSNorm" in shown
+    flags = json.loads((tmp_path / "ppo/args.json").read_text())
+    assert list(flags["start_check"]) == PARTS
 
 
 def test_the_oracle_itself_follows_the_rule():
