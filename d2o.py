@@ -16,6 +16,9 @@ mean of grad log π(y) is 0, so that all they add is noise. They must come from 
 New anchors have a drawback: they are not samples of π_r, so once the policy has moved log π/π_r
 is large on them, and the loss small without any step.
 
+With --anchor_instructions an anchor is sampled under a system sentence, drawn by its seed, which
+the trained tree does not hold: the paper's way to diverse, harmless anchors.
+
 An anchor that reached --anchor_tokens before EOS stays as it is, without EOS, as a cut response
 does: running out of room is not the end of an answer.
 """
@@ -25,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from data import Tokenizer, encode_dialogue, read_turns
+from data import Tokenizer, encode_dialogue, read_dataset, read_turns
 from files.rows import TEXT, get_texts, get_value
 from files.rows import read_rows as read_data
 from generate import Sampling, generate, row_seeds
@@ -37,6 +40,7 @@ from training.reference_cache import read_rows, write_rows
 
 CACHE_TOKENS = 8      # KV-cache tokens per --micro_tokens: a token of a backward pass takes more
 TEMPERATURE, TOP_P = 0.8, 0.9      # of the samples; for others see --anchors
+
 
 @dataclass(frozen=True)
 class AnchorSource:
@@ -54,6 +58,7 @@ class AnchorSource:
     compute: Compute
     ranks: Ranks
     given: Callable[[int, list[int]], "GivenAnchors"] | None = None      # see `read_given_anchors`
+    instruct: Callable[[list[int], int], list[int]] | None = None    # see `Instructions.prompt`
 
 
 # ---- trees --------------------------------------------------------------------------------------
@@ -171,6 +176,42 @@ def read_given_anchors(args: argparse.Namespace, trees: list[Tree], tokenizer: T
 
 # ---- sampling -----------------------------------------------------------------------------------
 
+class Instructions:
+    """--anchor_instructions: prompts to sample from, under a system sentence that diversifies.
+
+    Source: arXiv:2403.03419, which samples anchors under moral instructions.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer):
+        with open(args.anchor_instructions, encoding="utf-8") as lines:
+            self.sentences = [line.strip() for line in lines if line.strip()]
+        self.tokenizer, self.max_prompt_length = tokenizer, args.max_prompt_length
+        self.dialogues = {}          # ids of a tree's prompt, cut as the data's are -> its turns
+        for record in read_dataset(args.dataset):
+            prompt_ids, _ = truncate(encode_dialogue(tokenizer, record.prompt)[0], [],
+                                     args.max_length, args.max_prompt_length)
+            self.dialogues.setdefault(tuple(prompt_ids), record.prompt)
+
+    def prompt(self, prompt_ids: list[int], seed: int) -> list[int]:
+        """Ids of a tree's dialogue under the sentence that an anchor's seed draws.
+
+        The sentence stands before the dialogue's own system text. Where there is no room for both,
+        the oldest turns go; where the last turn alone is too long, the sentence goes.
+        """
+        sentence = self.sentences[seed % len(self.sentences)]
+        turns = list(self.dialogues[tuple(prompt_ids)])
+        if turns[0][0] == "System":
+            sentence += "\n" + turns.pop(0)[1]
+        room = self.max_prompt_length + len(self.tokenizer.encode(sentence))
+        while turns:
+            ids, _ = encode_dialogue(self.tokenizer, [("System", sentence), *turns])
+            if len(ids) <= room:
+                return ids
+            starts = [i for i, (role, _) in enumerate(turns) if role == "Human" and i]
+            turns = turns[starts[0]:] if starts else []
+        return prompt_ids
+
+
 def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
                 given: dict[int, list[list[int]]] | None = None) -> list[dict]:
     """Lines of a file of anchors: K samples for each of these trees, and the reference's log-probs.
@@ -180,9 +221,11 @@ def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
     given    their anchors, if they were made elsewhere
     """
     trees, count, sampling = source.trees, source.num_anchors, source.sampling
-    prompts = [trees[number].prompt_ids for number in numbers for _ in range(count)]
     seeds = [seed for number in numbers
              for seed in anchor_seeds(source.seed, step, number, count)]
+    prompts = [trees[number].prompt_ids for number in numbers for _ in range(count)]
+    if source.instruct:
+        prompts = list(map(source.instruct, prompts, seeds))
     if given:
         anchor_ids = [ids for number in numbers for ids in given[number]]
     else:

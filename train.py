@@ -204,7 +204,9 @@ def make_anchor_source(args: argparse.Namespace, setup: Setup, objective: Object
                           setup.tokenizer.unused_ids(setup.model.config.vocab_size)),
         seed=args.seed, mean_logps=objective.mean_logps, compute=compute, ranks=ranks,
         given=partial(d2o.read_given_anchors, args, setup.trees, setup.tokenizer)
-        if args.anchors else None)
+        if args.anchors else None,
+        instruct=d2o.Instructions(args, setup.tokenizer).prompt
+        if args.anchor_instructions else None)
 
 
 def with_cached_reference(args: argparse.Namespace, setup: Setup, objective: Objective,
@@ -241,7 +243,8 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
         objective = Objective(method, args.beta, args.log_z, args.alpha,
                               args.reduction in ("tokens", "authors"),
                               "class" if args.reduction in ("class", "authors") else "mean")
-        inputs = args.sft_adapter, args.anchors and args.anchors.replace("STEP", "0")
+        inputs = (args.sft_adapter, args.anchor_instructions,
+                  args.anchors and args.anchors.replace("STEP", "0"))
         flags = run_flags(args, inputs, ranks, device) | {
             "reference": describe_reference(args, method)}
         with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):

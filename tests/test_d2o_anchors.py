@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -201,3 +202,83 @@ def test_the_script_of_the_page_makes_a_file_that_a_run_reads(tmp_path, tiny_mod
     assert [len(json.loads(line)["choices"]) for line in shown.getvalue().splitlines()] == [
         2, 2, 2, 2, 2, 4]
     assert "14 anchors, 0 of them cut at 12 tokens\n" in finish("train.py", *run)
+
+
+# ---- --anchor_instructions ----------------------------------------------------------------------
+
+def test_an_anchor_is_sampled_under_a_sentence_that_is_never_trained_on(tmp_path, tiny_model,
+                                                                        monkeypatch):
+    # A stub for the sampler shows the prompts: the tree's dialogue with a system sentence, drawn by
+    # each anchor's own seed. What is trained is the plain prompt.
+    seen = []
+
+    def stub(model, prompts, *_, generator, **__):
+        seen.extend(zip(generator, prompts, strict=True))
+        return [[7, 8]] * len(prompts)
+    monkeypatch.setattr(d2o, "generate", stub)
+    file, tokenizer = tmp_path / "instructions.txt", Tokenizer(tiny_model)
+    sentences = ["Be kind.", "Harm nobody.", "Tell the truth."]
+    file.write_text("Be kind.\n\n  Harm nobody. \nTell the truth.")
+    run = flags(tmp_path, tiny_model, "--anchor_instructions", file, "--seed", 5,
+                "--max_length", 256, "--max_prompt_length", 128)
+    trained = []
+    monkeypatch.setattr(train, "batch_counts", lambda trees: trained.extend(trees) or {
+        "responses": 3 * len(trees), "positive": 2 * len(trees), "pairs": 2 * len(trees)})
+    finish("train.py", *run)
+    plain = [encode_dialogue(tokenizer, [("Human", row["prompt"])])[0] for row in ROWS]
+    expected = []
+    for number, row in enumerate(ROWS):
+        for seed in d2o.anchor_seeds(5, 0, number, 2):
+            turns = [("System", sentences[seed % 3]), ("Human", row["prompt"])]
+            expected.append((seed, encode_dialogue(tokenizer, turns)[0]))
+    assert sorted(seen) == sorted(expected) and len({tuple(ids) for _, ids in seen}) > len(ROWS)
+    assert len(trained) == len(ROWS) and all(tree.prompt_ids in plain for tree in trained)
+
+    # A killed run goes on with the anchors on disk; with another file it is another run.
+    seen.clear()
+    for folder in ("final", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "out" / folder, ignore_errors=True)
+    finish("train.py", *run)
+    assert not seen
+    shutil.rmtree(tmp_path / "out/final")
+    file.write_text("Be brief.")
+    with pytest.raises(ValueError, match="instructions.txt has changed"):
+        train.main(run)
+
+
+def test_a_sentence_stands_before_the_dialogues_own_and_the_oldest_turns_make_room(tmp_path,
+                                                                                  tiny_model):
+    long = [("Human", "Why so? " * 20), ("Assistant", "Because."), ("Human", "And now?")]
+    rows = [{"prompt": [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}],
+             "completion": "Bad.", "label": 0},
+            {"prompt": [{"role": {"Human": "user"}.get(role, "assistant"), "content": text}
+                        for role, text in long], "completion": "Bad.", "label": 0},
+            {"prompt": "Why so? " * 60, "completion": "Bad.", "label": 0}]
+    (tmp_path / "instructions.txt").write_text("Be kind.")
+    args = argparse.Namespace(anchor_instructions=str(tmp_path / "instructions.txt"),
+                              dataset=write_jsonl(tmp_path / "bad.jsonl", rows), **SIZES)
+    tokenizer = Tokenizer(tiny_model)
+    instructions = d2o.Instructions(args, tokenizer)
+    trees = make_trees(read_dataset(args.dataset), tokenizer, "negative", 128, 64)
+
+    def ids(*turns):
+        return encode_dialogue(tokenizer, turns)[0]
+    made = [instructions.prompt(tree.prompt_ids, 3) for tree in trees]
+    assert made[0] == ids(("System", "Be kind.\nOwn."), ("Human", "Hi"))
+    assert made[1] == ids(("System", "Be kind."), long[2])
+    assert made[2] == trees[2].prompt_ids
+
+
+@pytest.mark.parametrize("text, more, words", [
+    (None, [], "No such file .*file.txt"),
+    (" \n\n", [], "file.txt holds no sentence"),
+    ("Be kind.", ["--anchors", "bad.jsonl"], "not for those of --anchors"),
+])
+def test_instructions_that_cannot_be_used_are_refused(tmp_path, tiny_model, text, more, words,
+                                                      monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text:
+        (tmp_path / "file.txt").write_text(text)
+    with pytest.raises((ValueError, OSError), match=words):
+        train.main(flags(tmp_path, tiny_model, "--anchor_instructions", tmp_path / "file.txt",
+                         *more))

@@ -31,6 +31,9 @@ D2O_FLAGS = {             # name: type, default, help
                                 "current policy, whose expected gradient is zero: noise"),
     "anchors": (str, None, "file of completions that were sampled elsewhere, see docs/usage.md; "
                            "STEP in its name stands for the step of each refresh"),
+    "anchor_instructions": (str, None, "file of system sentences, one a line: each anchor is sampled "
+                                       "under one of them, as study/moral_instructions.txt, which "
+                                       "is not trained on"),
     "anchor_tokens": (int, 256, "an anchor ends here, or after EOS"),
 }
 
@@ -176,6 +179,14 @@ def check_d2o_flags(args: argparse.Namespace) -> None:
             f"--save_steps {args.save_steps} must divide {args.refresh_anchors}")
     if args.anchors and not os.path.isfile(file := args.anchors.replace("STEP", "0")):
         raise FileNotFoundError(f"--anchors: {file}: no such file")
+    if args.anchor_instructions and args.anchors:
+        raise ValueError("--anchor_instructions is for anchors that are sampled here, not for those "
+                         "of --anchors")
+    if args.anchor_instructions:
+        with open(args.anchor_instructions, encoding="utf-8") as lines:
+            if not any(line.strip() for line in lines):
+                raise ValueError(f"--anchor_instructions {args.anchor_instructions} holds no "
+                                 "sentence")
 
 
 def build_parser(methods: Collection[str] = METHOD_NAMES,
