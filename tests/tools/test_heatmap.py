@@ -187,7 +187,7 @@ def test_the_page_is_whole_and_a_response_cannot_write_markup():
     for shown in (hostile, "😀", "<b>run</b>\\x1b", "<i>ask</i>\\x1b {x}",
                   "implicit reward +0.050"):
         assert shown in reader.text
-    assert "β = 0.1" in reader.text and "+0.05\n+0.1 and above" in reader.text
+    assert "β = 0.1" in reader.text and "+0.04\n+0.06 and above" in reader.text
     for outside in ("http:", "https:", "url(", "src=", "@import", "<link"):
         assert outside not in text
     tips = [value for tag, name, value in reader.attributes if (tag, name) == ("span", "title")]
