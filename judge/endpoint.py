@@ -1,21 +1,19 @@
 """Client of an OpenAI-compatible endpoint: several requests at a time, each retried if it helps.
 
-Answers are appended to a file as they come, and the next run asks only what the file lacks.
+Answers are appended to a file as they come, and the next run asks only what the file lacks. Python's
+own client, because openai and httpx know no deadline for a whole reply, and no largest one.
 """
-import email.utils
 import http.client
 import json
+import multiprocessing
 import os
-import queue
 import random
-import sys
-import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from multiprocessing.pool import ThreadPool
 from urllib import request
 
-from files.cli import time_left
+from files.cli import show_progress
 from files.text import append_text, json_value, whole_lines
 from judge.questions import read_answers, read_questions
 
@@ -24,57 +22,35 @@ REPLY_BYTES = 4 << 20   # of a reply; an answer has a few thousand
 
 
 def seconds_to_wait(retry_after: str | None, attempt: int) -> float:
-    """Seconds until the next attempt: what the server asks for, else 1, 2, 4 … 60 with jitter.
-
-    retry_after  value of the Retry-After header: seconds or a date; at most 600 s are waited
-    attempt      attempts that failed before this one: 0, 1, 2 …
-    The jitter takes off up to half, so that clients do not retry in lockstep.
-    """
+    """Seconds until the next attempt: those that the server asks for, up to 600; else 1, 2, 4 … 60,
+    less up to half of it, so that clients do not retry in lockstep."""
     if retry_after and retry_after.strip().isdecimal():
         return min(600.0, float(retry_after))
-    try:
-        date = email.utils.parsedate_to_datetime(retry_after or "")
-        return min(600.0, max(0.0, (date - datetime.now(UTC)).total_seconds()))
-    except (ValueError, TypeError):
-        return min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+    return min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
 
 
-def completion_text(content: bytes) -> str | None:
-    """The text in the JSON of a chat completion; None if the content is something else."""
-    try:
-        text = json_value(content)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
-
-
-def fetch(opener: request.OpenerDirector, post: request.Request,
-          timeout: float) -> tuple[int, str | None, bytes]:
+def fetch(post: request.Request, timeout: float) -> tuple[int, str | None, bytes]:
     """(status, Retry-After, body) of a request.
 
     raises   OSError or HTTPException, for a body of more than REPLY_BYTES too, and for a reply that
              is not whole after `timeout` seconds, however it comes: byte by byte, or not at all
     """
-    results = queue.Queue()
+    opener = request.OpenerDirector()       # follows no redirect: it would take the key elsewhere
+    for handler in (request.ProxyHandler, request.HTTPHandler, request.HTTPSHandler):
+        opener.add_handler(handler())
 
-    def work():
-        try:
-            with opener.open(post, timeout=timeout) as response:
-                body = response.read(REPLY_BYTES + 1)
-            if len(body) > REPLY_BYTES:
-                raise http.client.HTTPException(f"a reply of more than {REPLY_BYTES >> 20} MiB")
-            results.put((response.status, response.headers["Retry-After"], body))
-        except Exception as error:                       # raised again by the caller's thread
-            results.put(error)
+    def read() -> tuple[int, str | None, bytes]:
+        with opener.open(post, timeout=timeout) as response:
+            body = response.read(REPLY_BYTES + 1)
+        if len(body) > REPLY_BYTES:
+            raise http.client.HTTPException(f"a reply of more than {REPLY_BYTES >> 20} MiB")
+        return response.status, response.headers["Retry-After"], body
 
-    threading.Thread(target=work, daemon=True).start()
     try:
-        result = results.get(timeout=timeout)
-    except queue.Empty:
+        with ThreadPool(1) as pool:         # a thread that still reads is left behind
+            return pool.apply_async(read).get(timeout)
+    except multiprocessing.TimeoutError:
         raise TimeoutError(f"no whole reply within {timeout:g} seconds") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 def complete(url: str, key: str, model: str, text: str, timeout: float, tries: int) -> str:
@@ -87,25 +63,23 @@ def complete(url: str, key: str, model: str, text: str, timeout: float, tries: i
     raises   ConnectionError, one sentence without the key
     """
     body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    opener = request.OpenerDirector()       # follows no redirect: it would take the key elsewhere
-    for handler in (request.ProxyHandler, request.HTTPHandler, request.HTTPSHandler):
-        opener.add_handler(handler())
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {})
     for attempt in range(tries):
         retry_after, worth_retrying = None, True
-        post = request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
-                               headers)
         try:
-            status, retry_after, content = fetch(opener, post, timeout)
-            reply = completion_text(content) if status == 200 else None
-            if reply is not None:
-                return reply
+            status, retry_after, content = fetch(request.Request(
+                url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers), timeout)
             failure = f"HTTP {status}: {content[:10_000].decode('utf-8', 'replace')}"
             worth_retrying = status in (200, 408, 429) or status >= 500
+            if status == 200:
+                reply = json_value(content)["choices"][0]["message"]["content"]
+                if isinstance(reply, str):
+                    return reply
         except (OSError, http.client.HTTPException) as error:
             failure = f"{type(error).__name__}: {error}"
+        except (ValueError, LookupError, TypeError):
+            pass                                         # not a completion
         if attempt + 1 == tries or not worth_retrying:
             break
         time.sleep(seconds_to_wait(retry_after, attempt))
@@ -136,46 +110,27 @@ def ask_all(questions: list[dict], ask: Callable[[str], str], path: str, model: 
     ask        text -> answer; raises ConnectionError
     raises     ConnectionError when GIVE_UP_AFTER questions in a row failed
     """
-    waiting, results = questions[::-1], queue.Queue()     # workers take the last one
+    def work(question: dict) -> tuple[str, str | None, ConnectionError | None]:
+        try:
+            return question["id"], ask(question["text"]), None
+        except ConnectionError as error:
+            return question["id"], None, error
 
-    def work():
-        while True:
-            try:
-                question = waiting.pop()
-            except IndexError:
-                return
-            try:
-                results.put((question["id"], ask(question["text"]), None))
-            except Exception as error:                    # raised again by the main thread
-                results.put((question["id"], None, error))
-
-    for _ in range(workers):                              # daemons: Ctrl-C does not wait for them
-        threading.Thread(target=work, daemon=True).start()
-    failures, in_a_row, started, shown = [], 0, time.monotonic(), 0.0
-    terminal = sys.stderr.isatty()
-    try:
-        append_text(path, "")                              # even if nobody answers
-        for number in range(1, len(questions) + 1):
-            name, answer, error = results.get()
+    failures, in_a_row = [], 0
+    append_text(path, "")                                # even if nobody answers
+    with ThreadPool(workers) as pool:                    # on leaving, nothing more is asked
+        replies = pool.imap_unordered(work, questions)
+        for name, answer, error in show_progress(replies, "questions asked", len(questions)):
             if error is None:
                 append_text(path, json.dumps({"id": name, "model": model, "answer": answer}) + "\n")
                 in_a_row = 0
-            elif isinstance(error, ConnectionError):
-                failures.append(f"question {name}: {error}")
-                in_a_row += 1
-                if in_a_row == GIVE_UP_AFTER:
-                    raise ConnectionError(f"{in_a_row} questions in a row failed; the last, "
-                                          f"{failures[-1]}")
-            else:
-                raise error
-            now, last = time.monotonic(), number == len(questions)
-            if last or now - shown > (0.1 if terminal else 10):
-                print(f"{number} of {len(questions)} asked, {len(failures)} failed, "
-                      f"{time_left(now - started, number, len(questions))}",
-                      end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
-                shown = now
-    finally:
-        waiting.clear()                                   # after an error nothing more is asked
+                continue
+            failures.append(f"question {name}: {error}")
+            in_a_row += 1
+            if in_a_row == GIVE_UP_AFTER:
+                raise ConnectionError(f"{in_a_row} questions in a row failed; the last, "
+                                      f"{failures[-1]}")
+    print(f"{len(questions)} questions asked, {len(failures)} failed")
     return failures
 
 
