@@ -4,7 +4,7 @@ BIN := .venv/bin
 NEW_ENOUGH = $(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit('error: $(PYTHON) is \
 Python %d.%d, and ulma needs 3.11 or newer: make PYTHON=python3.12' % v[:2])"
 
-.PHONY: demo test oracles reproduce real-model real bench gpu bench-kernel clean
+.PHONY: demo test soak oracles reproduce real-model real bench gpu bench-kernel clean
 
 .venv/ready: requirements.txt
 	@$(NEW_ENOUGH)
@@ -28,6 +28,12 @@ demo: .venv/ready
 # Everything but the oracles, which need more packages than the project does.
 test: .venv/ready
 	$(BIN)/python -m pytest tests --ignore-glob='*/test_oracle_*.py'
+
+# Small runs killed, on a full disk, restarted and started twice, for so many minutes: every one must
+# end with the bytes of a run that was left alone. tests/README.md has figures.
+MINUTES ?= 30
+soak: .venv/ready
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 # The papers' claims on the embedded world: every table and figure of results/. TABLES="hh d2o" makes
 # some of them; what was run before is not run again.

@@ -115,10 +115,9 @@ def save_tiny_model(folder, tokenizer_file=None, seed: int = 0, **changes) -> st
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer(tmp_path_factory) -> str:
+def make_tiny_tokenizer(folder: Path) -> str:
     """Path of a tokenizer.model of Llama's kind: BPE, byte fallback, identity normalisation."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder.mkdir(exist_ok=True)
     who = ("my friend", "the teacher", "a neighbour", "nobody", "the old doctor", "our cat")
     does = ("paints", "sold", "will move", "wants to clean", "forgot", "cannot find")
     what = ("a red boat", "two lamps", "the garden door", "every letter", "42 bottles", "it")
@@ -132,6 +131,11 @@ def tiny_tokenizer(tmp_path_factory) -> str:
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     return str(folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> str:
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

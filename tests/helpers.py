@@ -204,19 +204,24 @@ def wait_for_lines(process, file, lines):
         time.sleep(0.002)
 
 
-def kill_with_workers(process):
-    """SIGKILL a command and the workers that torchrun has started for it (they would go on)."""
-    if process.poll() is not None:
-        return                                                         # it has ended by itself
+def processes_below(root):
+    """The ids of a process and of all that it and its children have started."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):                             # it has just ended
             fields = stat.read_text().rpartition(")")[2].split()       # after the command's name
             parents[int(stat.parent.name)] = int(fields[1])
-    found = [process.pid]
+    found = [root]
     for pid in found:                                                  # it grows on the way
         found += [child for child, parent in parents.items() if parent == pid]
-    for pid in found:
+    return found
+
+
+def kill_with_workers(process):
+    """SIGKILL a command and the workers that torchrun has started for it (they would go on)."""
+    if process.poll() is not None:
+        return                                                         # it has ended by itself
+    for pid in processes_below(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -33,7 +33,7 @@ from files.cli import HIDDEN, INPUT_ERRORS, sentence_of
 from judge.endpoint import completion_text, cut_torn_line
 from judge.questions import make_questions, read_answers, read_generations, read_questions
 from judge.score import judged_pairs
-from lora import add_lora, load_adapter, share_base
+from lora import add_lora, load_adapter, save_adapter, share_base
 from model import load_llama, save_llama
 from packing import Tree, make_trees
 from step import METHODS, Objective
@@ -181,7 +181,6 @@ def bin_model(folder, tokenizer):
 
 def adapter(folder, tokenizer):
     base = load_llama(save_tiny_model(folder / "base", None, **SMALL))
-    from lora import save_adapter
     save_adapter(add_lora(share_base(base), r=2, alpha=4), str(folder), "base")
     return Target(folder, ["adapter_config.json", "adapter_model.safetensors"],
                   lambda: str(load_adapter(share_base(base), str(folder))))
@@ -384,7 +383,8 @@ def given_anchors(folder, tokenizer):
 
 def answers(folder, tokenizer):
     args = SimpleNamespace(out=str(folder / "out.jsonl"), overwrite=False)
-    write_jsonl(folder / "out.jsonl", [{"prompt": MESSAGES[:1], "completion": "So.", "seed": 1}] * 3)
+    row = {"prompt": MESSAGES[:1], "completion": "So.", "seed": 1}
+    write_jsonl(folder / "out.jsonl", [row] * 3)
     (folder / "out.jsonl.args.json").write_text(json.dumps({"seed": 1, "inputs": {"a": "b"}}))
     return Target(folder, ["out.jsonl", "out.jsonl.args.json"],
                   lambda: (rows_done(args, {"seed": 1, "inputs": {"a": "b"}}),
