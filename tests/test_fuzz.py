@@ -43,6 +43,7 @@ from training.checkpoint import held_out_records, load_checkpoint, load_run, rea
 from training.output import check_output_dir, rewind_metrics, rows_done
 from training.ranks import Ranks
 from training.reference_cache import cache_reference, whole_batches, write_rows
+from training.token_cache import TokenTable, flat_arrays, read_tokens, write_tokens
 
 CASES = int(os.environ.get("CASES", 8000))
 SECONDS, KEPT_BYTES, ROOM_BYTES = 60, 8 << 20, 1 << 30
@@ -88,7 +89,7 @@ def memory(name: str) -> int:
     return int(status.partition(f"{name}:")[2].split()[0]) << 10
 
 
-MANIFESTS = ("manifest.json", "trainer_state.json")      # they hold a checksum of their values
+MANIFESTS = ("manifest.json", "trainer_state.json", "about.json")      # other spaces may be read
 
 
 def outcome(target: Target, file: str, expected: object) -> str:
@@ -323,9 +324,20 @@ def reference_cache(folder, tokenizer):
     file = str(folder / "reference-key.jsonl")
     write_rows(file, BATCHES, lambda batch: [
         {"tree": n, "reference_logps": [-1.5 - n]} for n in batch], lambda row: 1, "", Ranks())
-    return Target(folder, ["reference-key.jsonl"], lambda: cache_reference(
-        str(folder / "run"), "key", None, TREES, Objective(METHODS["dpo"]), None, Ranks()),
+    table = TokenTable(**flat_arrays(TREES))
+    return Target(folder, ["reference-key.jsonl"], lambda: list(cache_reference(
+        str(folder / "run"), "key", None, table, Objective(METHODS["dpo"]), None, Ranks())),
         covered=True)
+
+
+def token_cache(folder, tokenizer):
+    (folder / "tokens").mkdir()
+    data = write_jsonl(folder / "data.jsonl", [ROWS["pairs"], ROWS["points"], ROWS["scores"]])
+    write_tokens(str(folder / "tokens"), SimpleNamespace(
+        method="ulma", dataset=data, held_out=0, max_length=96, max_prompt_length=48),
+        METHODS, Tokenizer(tokenizer), False)
+    return Target(folder / "tokens", files_below(folder / "tokens"),
+                  lambda: list(read_tokens(str(folder / "tokens"))), covered=True, hashed=True)
 
 
 def unfinished_cache(folder, tokenizer):
@@ -417,7 +429,7 @@ def endpoint(folder, tokenizer):
 
 TARGETS = [sharded_model, bin_model, adapter, sentencepiece_tokenizer, chat_template,
            json_tokenizer, finished_run, reward_run, checkpoint, flags_of_a_run, metrics, anchors,
-           reference_cache, unfinished_cache, given_anchors, answers, judge, endpoint]
+           reference_cache, unfinished_cache, token_cache, given_anchors, answers, judge, endpoint]
 MAKERS = {make.__name__: make for make in TARGETS} | {
     f"rows of {kind}": partial(rows, kind, "rows.jsonl") for kind in ROWS} | {
     "gzip": partial(rows, "hh", "rows.jsonl.gz"), "array": partial(rows, "points", "rows.json")}
