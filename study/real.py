@@ -54,8 +54,8 @@ MORE = (Cell("hh", "ulma", (("sft_adapter", "SFT"),)), Cell("hh", "d2o", ANCHORS
         Cell("hh", "d2o", (*ANCHORS, ("anchor_instructions", "ours"))),
         Cell("hh", "d2o", (*ANCHORS, ("refresh_anchors", 16))))
 STAGES = {"first": [Cell("hh", method) for method in FIRST], "more": list(MORE),
-          "rates": [Cell("hh", method) for method in FIRST],
-          "seeds": [Cell("hh", method) for method in FIRST],
+          "rates": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
+          "seeds": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
           "qa": [Cell("qa", method) for method in FIRST]}
 
 
@@ -117,7 +117,7 @@ def not_run(rows: list[dict]) -> list[str]:
     return sentences
 
 
-# ---- a run -----------------------------------------------------------------------------------
+# ---- a run --------------------------------------------------------------------------------------
 
 def machine() -> str:
     """The GPU's name, or the CPU's and how many threads are used."""
@@ -304,10 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flag("--hh", default="../shared/data/hh_harmless_base_test/test.jsonl.gz",
          help="HH file or folder of pairs")
     flag("--qa", help="QA-feedback file; without one the stage qa is left out")
-    flag("--pairs", type=int, default=256, help="pairs that a run trains on")
-    flag("--held_out", type=int, default=10_000, help="at most so many held-out pairs are measured")
-    flag("--answers", type=int, default=96, help="held-out prompts that every run answers")
-    flag("--new_tokens", type=int, default=64, help="longest answer")
+    flag("--pairs", type=int, default=192, help="pairs that a run trains on")
+    flag("--held_out", type=int, default=320, help="at most so many held-out pairs are measured")
+    flag("--answers", type=int, default=64, help="held-out prompts that every run answers")
+    flag("--new_tokens", type=int, default=48, help="longest answer")
     flag("--max_length", type=int, default=192, help="pairs of more tokens are left out")
     flag("--qa_max_length", type=int, default=1024, help="the same for QA-feedback")
     flag("--bf16", action="store_true", help="train in bfloat16")

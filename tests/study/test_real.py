@@ -19,11 +19,12 @@ from tokenizer import Tokenizer
 
 
 def test_calibration_by_hand():
-    # σ(ln 3) = 3/4 twice, half of them good: 1/4 off; σ(-ln 3) = 1/4 twice, none good: 1/4 off.
+    # σ(ln 3) = 3/4 of two, half of them good: 1/4 too much; σ(-ln 3) = 1/4 of two, as good: 1/4
+    # too little.
     h = torch.tensor([math.log(3), -math.log(3), math.log(3), -math.log(3)])
-    error, bins = calibration(h, torch.tensor([1.0, 0.0, 0.0, 0.0]), bins=2)
+    error, bins = calibration(h, torch.tensor([1.0, 1.0, 0.0, 0.0]), bins=2)
     assert error == pytest.approx(0.25)
-    assert bins == [pytest.approx((0.25, 0.0)), pytest.approx((0.75, 0.5))]
+    assert bins == [pytest.approx((0.25, 0.5)), pytest.approx((0.75, 0.5))]
     assert calibration(torch.zeros(20), torch.tensor([1.0, 0.0]).repeat(10))[0] == 0
 
 
