@@ -42,6 +42,9 @@ def data_files(dataset: str) -> list[str]:
         return [dataset]
     if os.path.isdir(dataset):
         names = sorted(os.listdir(dataset))
+        if found := {"config.json", "adapter_config.json", "args.json"} & set(names):
+            raise ValueError(f"{dataset} holds {', '.join(sorted(found))}: it is the folder of a "
+                             "model or a run, not of data")
         files = [os.path.join(dataset, name) for name in names if name.endswith(ENDINGS)]
         if not files:
             hints = [*filter(None, (how_to_convert(os.path.join(dataset, name)) for name in names))]

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -129,9 +128,8 @@ def execute(run: Run) -> dict[str, float]:
     torch.set_num_threads(1)
     if os.path.isfile(run.scores_file):
         return read_json(run.scores_file)
-    shutil.rmtree(run.folder, ignore_errors=True)            # left by a killed run
     os.makedirs(os.path.dirname(run.folder), exist_ok=True)
-    argv = arguments(run)
+    argv = [*arguments(run), "--overwrite_output_dir"]       # what a killed run left
     with open(run.folder + ".log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             if run.reward_model:

@@ -2,6 +2,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -40,3 +41,20 @@ def test_a_demo_that_was_interrupted_goes_on_and_one_that_ended_starts_over(demo
     whole = ["sft", "dpo", "pointwise_dpo", "ulma", "eval"]
     assert demo("nothing") == (0, whole[2:])
     assert demo("nothing") == (0, whole)
+
+
+def test_an_old_python_is_told_before_anything_is_made(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    old = tmp_path / "python3.10"
+    old.write_text(f"""#!{sys.executable}
+import sys
+sys.version_info = (3, 10, 14)
+exec(sys.argv[2])
+""")
+    old.chmod(0o755)
+    made = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert made.returncode == 2 and not (tmp_path / ".venv").exists()
+    assert made.stderr.splitlines()[0] == (
+        f"error: {old} is Python 3.10, and ulma needs 3.11 or newer: make PYTHON=python3.12")

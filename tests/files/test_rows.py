@@ -111,6 +111,15 @@ def test_a_missing_file_is_named(tmp_path):
             read(path)
 
 
+def test_the_folder_of_a_model_or_a_run_is_no_data(tmp_path):
+    # Bug this catches: bad JSON in line 1 of its config.json.
+    for name in ("config.json", "args.json"):
+        (tmp_path / name).write_text("{\n}")
+        with pytest.raises(ValueError, match=f"^{tmp_path} holds {name}: it is the folder of a mod"):
+            read(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
 def test_hub_names_and_tables_are_told_how_to_be_converted(tmp_path, monkeypatch):
     # Each was "no such data file", or bad JSON of a file's first bytes.
     monkeypatch.chdir(tmp_path)

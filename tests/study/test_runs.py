@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import study.datasets as datasets
 import study.runs as runs
 import train
+from files.lock import locked
 from rlhf import ppo
 from study.datasets import DATASETS
 from study.runs import Cell, Run, arguments, execute
@@ -130,3 +131,14 @@ def test_a_run_without_scores_is_trained_anew_to_the_same_numbers(small_world):
     first = execute(run)
     (Path(run.folder) / "scores.json").unlink()    # as a kill would
     assert execute(run) == first
+
+
+def test_a_run_that_another_process_trains_is_left_alone(small_world):
+    # Bug this catches: of two studies at once, one removed the folder that the other wrote to.
+    run = Run(Cell("hh", "ulma"), 1e-2, 1)
+    checkpoint = Path(run.folder) / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "args.json").write_text("{}")
+    with locked(f"{run.folder}/.lock", run.folder), pytest.raises(ValueError, match="in use by"):
+        execute(run)
+    assert checkpoint.exists()
