@@ -289,8 +289,8 @@ def disturb_by_a_restart(round: Round) -> None:
     kills = round.rng.choice((1, 1, 2))
     process = round.start(restarts=kills)
     for _ in range(kills):
-        if round.pause(process, 0.8):
-            round.done["restart"] += process.kill(signal.SIGKILL, "rank")
+        if round.pause(process, 0.8) and process.kill(signal.SIGKILL, "rank"):
+            round.done["restart"] += 1
     round.check_end(process, (0,), "restart")
 
 

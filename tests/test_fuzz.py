@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from damage import damage_of
 import d2o
 from data import read_dataset, read_prompts
 from files.cli import HIDDEN, INPUT_ERRORS, sentence_of
-from judge.endpoint import completion_text, cut_torn_line
+from judge.endpoint import complete, cut_torn_line
 from judge.questions import make_questions, read_answers, read_generations, read_questions
 from judge.score import judged_pairs
 from lora import add_lora, load_adapter, save_adapter, share_base
@@ -423,8 +424,13 @@ def judge(folder, tokenizer):
 def endpoint(folder, tokenizer):
     (folder / "reply.json").write_text(json.dumps({"choices": [
         {"message": {"content": "1>2"}, "finish_reason": "stop"}], "usage": {"total": 1}}))
-    return Target(folder, ["reply.json"],
-                  lambda: completion_text((folder / "reply.json").read_bytes()))
+
+    def read():
+        reply = 200, None, (folder / "reply.json").read_bytes()
+        with mock.patch("judge.endpoint.fetch", lambda *_: reply), contextlib.suppress(
+                ConnectionError):                        # it names no file: there is none
+            complete("http://localhost", "", "model", "a text", 1, tries=1)
+    return Target(folder, ["reply.json"], read)
 
 
 TARGETS = [sharded_model, bin_model, adapter, sentencepiece_tokenizer, chat_template,
