@@ -29,6 +29,7 @@ import argparse
 import math
 import os
 import time
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -173,7 +174,7 @@ def train(args: argparse.Namespace, setup: Setup, compute: Compute, ranks: Ranks
             group["lr"] = lr
         batch = [setup.prompts[number] for number in batches[step]]
         seeds = row_seeds(args.seed * 1_000_003 + step, len(batch) * args.num_generations)
-        trees = sample_responses(models["policy"], [prompt_ids for prompt_ids, _ in batch], seeds,
+        trees = sample_responses(models["policy"], [list(ids) for ids, _ in batch], seeds,
                                  sampling, ranks)
         rollouts = exchange(score_responses(
             models["policy"], models["value"], setup.reward_model, trees, eos_ids,
@@ -234,7 +235,7 @@ def tokenize_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Rank
     for prompt in dict.fromkeys(record.prompt for record in training):
         prompt_ids, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])
         prompt_ids, _ = truncate(prompt_ids, [], args.max_length, args.max_prompt_length)
-        found.append((prompt_ids, rewards.get(prompt)))
+        found.append((array("i", prompt_ids), rewards.get(prompt)))      # 4 bytes an id
     if not found:
         raise ValueError(f"--held_out {args.held_out} leaves no prompt of {args.dataset}")
     return found

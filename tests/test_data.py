@@ -461,3 +461,24 @@ def test_the_reader_of_one_format_reads_what_the_keys_would_choose(hh_file, shar
         file = next(str(path) for path in sorted((shared_data / name).iterdir())
                     if "json" in path.name)
         assert reader(file) == read_dataset(file)
+
+
+def test_every_shape_trains(tmp_path, tiny_model, hh_file, shared_data):
+    # All of them in a folder: rows of JSONL, HH, QA-feedback and red-team; one step of ULMA.
+    folder = tmp_path / "data"
+    folder.mkdir()
+    jsonl = [row for row, *_ in SHAPES.values() if "chosen" not in row or "prompt" in row]
+    write_jsonl(folder / "rows.jsonl", jsonl)
+    write_jsonl(folder / "chats.jsonl", [SHAPES["pair without a prompt"][0]])
+    for name, file in (("hh", hh_file), *(
+            (name, next(str(path) for path in sorted((shared_data / name).iterdir())
+                        if "json" in path.name))
+            for name in ("qa_feedback_dev", "red_team_attempts_sample"))):
+        write_jsonl(folder / f"{name}.jsonl", [row for _, row in list(read_rows(file))[:4]])
+    records = read_dataset(str(folder))
+    shown = finish("train.py", "--model_name_or_path", tiny_model, "--dataset", folder,
+                   "--output_dir", tmp_path / "out", "--max_steps", 1, "--max_length", 128,
+                   "--max_prompt_length", 64, "--batch_size", 512)
+    assert f"{len(records)} records" in shown and "step 1/1" in shown
+    assert f"{sum(len(r.responses) for r in records)} responses (" in shown
+    assert len(records) >= len(jsonl) + 8

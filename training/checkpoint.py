@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data import Record, read_dataset, split_by_prompt
+from data import Record, is_held_out, read_files
 from files.folders import what_it_is
 from files.lock import holds
 from files.manifest import FINAL, check_final, read_manifest, write_manifest
@@ -290,9 +291,8 @@ def run_tokenizer(path: str, flags: dict) -> Tokenizer:
 def held_out_records(path: str, flags: dict, dataset: str | None) -> tuple[str, list[Record]]:
     """(file, records) to measure a run on: `dataset`, else what it held out of its own data."""
     file = dataset or flags["dataset"]
-    records = read_dataset(file)
-    if dataset is None:
-        records = split_by_prompt(records, flags["held_out"])[1]
+    records = [record for record in read_files(file, Counter())
+               if dataset is not None or is_held_out(record, flags["held_out"])]
     if not records:
         raise ValueError(f"{path} held out nothing of {file}: train it with --held_out, or "
                          "pass --dataset")

@@ -156,8 +156,8 @@ def cache_reference(output_dir: str, key: str, reference: Reference, trees: Toke
         gather(None)
     elif ranks.is_first:
         print(f"reference log-probs: those of {cached}")
-    rows = read_rows(cached)
+    rows = sealed_lines(cached, COMPUTE_AGAIN)
     if len(rows) != len(trees):
         raise ValueError(f"{cached} has {len(rows)} rows, not {len(trees)}; {COMPUTE_AGAIN}")
-    logps = [logp for row in rows for logp in row["reference_logps"]]
+    logps = [logp for row in rows for logp in json.loads(row)["reference_logps"]]
     return replace(trees, reference_logps=np.array(logps, np.float64))
