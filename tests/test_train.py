@@ -84,13 +84,18 @@ def finish_on_two_machines(*flags):
 
 def test_one_and_three_ranks_and_two_machines_log_the_same_numbers(tmp_path, tiny_model,
                                                                    pairs_file):
-    # Metrics are sums and counts over ranks: a mean of means would differ on uneven shares.
+    # Metrics are sums and counts over ranks: a mean of means would differ on uneven shares. One of
+    # three ranks makes the token ids, and one of two machines that share a disk.
     flags = ("--method", "ulma", "--max_steps", "6", "--num_train_epochs", "1")
+    shown = finish(tiny_model, pairs_file, tmp_path / "3", *flags, ranks=3)
+    assert shown.count("distinct prompts") == 1 and "token ids: those of" not in shown
     finish(tiny_model, pairs_file, tmp_path / "1", *flags)
-    finish(tiny_model, pairs_file, tmp_path / "3", *flags, ranks=3)
-    finish_on_two_machines(*train_flags(tiny_model, pairs_file, tmp_path / "2", *flags))
+    (tmp_path / "disk").mkdir()
+    finish_on_two_machines(*train_flags(tiny_model, pairs_file, tmp_path / "disk/2", *flags))
+    for folder in (tmp_path, tmp_path / "disk"):
+        assert len(list(folder.glob("*tokens-*"))) == 1
     one = logged(tmp_path / "1", "tokens")
-    for ranks in ("2", "3"):
+    for ranks in ("disk/2", "3"):
         for line, expected in zip(logged(tmp_path / ranks, "tokens"), one, strict=True):
             assert line.keys() == expected.keys()
             for key, value in expected.items():
