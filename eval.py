@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from files.cli import Parser, parse_first, run_cli
+from files.cli import Parser, parse_first, run_cli, show_progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,9 +43,12 @@ from files.text import write_json
 from intervals import bootstrap, wins
 from kernels import linear_logps
 from model import Llama
-from packing import Tree, build_stream, make_trees, pack, pair_points, prefix_stream
-from step import Reference, sequence_logps, tree_rewards
+from packing import Tree, make_trees, pair_points, prefix_stream
+from step import METHODS, Compute, Objective, tree_rewards
 from training.checkpoint import held_out_records, load_run, read_run, run_tokenizer
+from training.held_out import (HeldOut, held_out_losses, mean_loss, measure_objective,
+                               reward_margins)
+from training.setup import make_objective
 from world import BODIES, CLOSINGS, Prompt, answers, held_out_prompts, on_world, question
 
 ANSWERS_PER_TREE = 24      # attention inside a tree is dense; this keeps its cost linear
@@ -85,7 +88,7 @@ def world_logps(model: Llama, tokenizer: Tokenizer,
     of the tokens, and of the time, that trees of 24 answers take.
     """
     logps, lengths, device = [], [], model.lm_head.weight.device
-    for verb, thing in prompts:
+    for verb, thing in show_progress(prompts, "listing all answers: prompt", len(prompts)):
         prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
         prompt_size = len(prompt_ids)
         ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1]
@@ -188,12 +191,12 @@ def print_samples(policies: Mapping[str, Tensor], prompts: Sequence[Prompt], see
 
 # ---- files: held-out likelihoods ----------------------------------------------------------------
 
-def print_perplexities(scores: Tensor, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
-    """Perplexities of good and of bad responses under policy and reference: [R] each."""
+def print_perplexities(held: HeldOut) -> None:
+    """Perplexities of good and of bad responses under policy and reference."""
     for z, name in ((1, "good (z = 1)"), (0, "bad (z = 0)")):
-        chosen = scores == z
-        for logps, who in ((policy, "policy"), (reference, "reference")):
-            rows = torch.stack([logps, lengths], 1)[chosen]                      # [n, 2]
+        chosen = held.scores == z
+        for logps, who in ((held.policy_logps, "policy"), (held.reference_logps, "reference")):
+            rows = torch.stack([logps, held.lengths], 1)[chosen]                 # [n, 2]
             if len(rows):
                 value, low, high = bootstrap(
                     lambda v: (-v[:, 0].sum() / v[:, 1].sum()).exp(), rows)
@@ -201,23 +204,19 @@ def print_perplexities(scores: Tensor, policy: Tensor, reference: Tensor, length
                       f"[{low:.2f}, {high:.2f}]   exp(-log-probs / tokens), {len(rows)} responses")
 
 
-@torch.no_grad()
-def evaluate_file(model: Llama, reference: Reference, trees: list[Tree], beta: float) -> None:
-    """Print perplexities and the accuracy of the implicit reward, each with its definition."""
-    columns, margins = [], []
-    for group in pack(trees, 8192):
-        stream = build_stream(group, model.lm_head.weight.device)
-        policy = sequence_logps(model, stream).double().cpu()                    # [R]
-        with reference() as reference_model:
-            reference_logps = sequence_logps(reference_model, stream).double().cpu()
-        lengths = stream.response_ids.bincount(minlength=len(policy)).double().cpu()
-        columns.append(torch.stack([stream.scores.cpu(), policy, reference_logps, lengths]))
-        rewards = beta * (policy - reference_logps)
-        chosen, rejected = stream.pairs.cpu().T
-        margins.append(torch.stack([rewards[chosen] - rewards[rejected],
-                                    lengths[rejected] - lengths[chosen]], 1))    # [P, 2]
-    print_perplexities(*torch.cat(columns, 1))
-    print_accuracy(torch.cat(margins), "implicit reward", "beta log(pi / pi_ref)")
+def print_held_out(held: HeldOut, objective: Objective) -> None:
+    """Print what `held_out_metrics` of a run has, with intervals, and what each number is."""
+    beta = 1.0 if objective.method.reward_model else objective.beta
+    losses, margins = held_out_losses(held, objective), reward_margins(held, beta)
+    kls = torch.stack([held.kls, held.lengths], 1)                               # [R, 2]
+    for name, rows, statistic, meaning in (
+            ("loss", losses, mean_loss, "of the method"),
+            ("reward margin", margins, torch.mean, "of pairs: better less worse, mean"),
+            ("KL(pi || pi_ref)", kls, lambda v: v[:, 0].sum() / v[:, 1].sum(),
+             "nats at a token of these responses, exact")):
+        if len(rows) and not rows.isnan().any():
+            value, low, high = bootstrap(statistic, rows)
+            print(f"  {name:27}  {value:.4g} [{low:.4g}, {high:.4g}]   {meaning}")
 
 
 def print_accuracy(margins: Tensor, name: str, what: str) -> None:
@@ -265,18 +264,6 @@ def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, prompts: Sequence
         print(f"  {name:28}  {value:.3f} [{low:.3f}, {high:.3f}]")
     print(f"  over all pairs of the {rewards.shape[1]} answers to a prompt with different true "
           f"rewards; means of {len(prompts)} test prompts.\n  Length only prefers the shorter.")
-
-
-def evaluate_file_rewards(model: Llama, trees: list[Tree]) -> None:
-    """Print the accuracy of a reward model on the pairs of a file."""
-    rewards, lengths, pairs = tree_rewards(model, trees).cpu(), [], []
-    for tree in trees:
-        pairs += [(len(lengths) + i, len(lengths) + j) for i, j in tree.pairs]
-        lengths += [len(ids) for ids in tree.response_ids]
-    chosen, rejected = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
-    shorter = torch.tensor(lengths)[rejected] - torch.tensor(lengths)[chosen]
-    print_accuracy(torch.stack([rewards[chosen] - rewards[rejected], shorter], 1).double(),
-                   "reward model", "r(x, y)")
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -327,13 +314,25 @@ def measure_run(path: str, trees: list[Tree] | None, beta: float | None) -> None
     beta    None: the run's
     """
     model, reference, flags = load_run(path)
-    print(f"{path} [95 % bootstrap interval over {'rows' if trees else 'prompts'}]")
+    print(f"{path} [95 % bootstrap interval over {'rows' if trees else 'prompts'}]", flush=True)
     if trees is None:
         evaluate_world_rewards(model, run_tokenizer(path, flags), held_out_prompts())
-    elif is_reward_model(flags):
-        evaluate_file_rewards(model, trees)
+        return
+    if beta is not None:
+        flags = flags | {"beta": beta}
+    # RLHF has no loss of its own: that of d2o, whose anchors would have to be sampled, is none too
+    objective = make_objective(flags, METHODS.get(flags["method"], METHODS["d2o"]))
+    held, objective = measure_objective(model, reference, trees, flags["max_length"], objective,
+                                        Compute(model.lm_head.weight.device))
+    if objective.method.reward_model:
+        name, what = "reward model", "r(x, y)"
     else:
-        evaluate_file(model, reference, trees, flags["beta"] if beta is None else beta)
+        print_perplexities(held)
+        name, what = "implicit reward", "beta log(pi / pi_ref)"
+    better, worse = held.lengths[held.pairs].T
+    margins = reward_margins(held, objective.beta)
+    print_accuracy(torch.stack([margins, worse - better], 1), name, what)
+    print_held_out(held, objective)
 
 
 def evaluate_on_world(paths: Sequence[str], beta: float | None, json_file: str | None) -> None:

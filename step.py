@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from files.cli import show_progress
 from kernels import LinearLogps, linear_logps
 from kernels.attention import to_device
 from model import Llama
@@ -269,8 +270,9 @@ def stream_rewards(model: Llama, stream: Stream) -> Tensor:
 def tree_rewards(model: Llama, trees: list[Tree], micro_tokens: int = 8192) -> Tensor:
     """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R]."""
     device = model.score.weight.device
-    return torch.cat([stream_rewards(model, build_stream(group, device))
-                      for group in pack(feed_last_tokens(trees), micro_tokens)])
+    groups = pack(feed_last_tokens(trees), micro_tokens)
+    return torch.cat([stream_rewards(model, build_stream(group, device)) for group in show_progress(
+        groups, "rewards: micro-batch", len(groups))])
 
 
 # ---- a rank's share of a batch ------------------------------------------------------------------

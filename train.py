@@ -21,7 +21,7 @@ if __name__ == "__main__":
     parse_first(lambda: parse_args(description=__doc__))
 
 import argparse
-import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,27 +31,32 @@ import torch
 from torch import Tensor
 
 import d2o
-from files.cli import run_cli, time_left
-from generate import Sampling
+from files.cli import run_cli, show_progress
+from generate import Sampling, generate, prompt_ids_of
 from kernels import choose_linear_logps
 from kernels.attention import choose_attention
+from lora import lora_disabled
 from model import Llama
-from packing import Stream, shard
+from packing import Stream, make_trees, pair_points, shard
 from step import (METHODS, METRICS, Compute, Method, Objective, Reference, batch_counts,
                   group_trees, loss_weights, metric_sums, micro_batches, scored_hidden,
                   stream_rewards)
-from training.checkpoint import check_sft_adapter, resume, save_final, save_or_stop, trainable
+from training.checkpoint import (check_sft_adapter, held_out_records, resume, save_final,
+                                 save_or_stop, trainable)
 from training.flags import parse_args
+from training.held_out import held_out_metrics, measure_objective
+from training.log import Log
 from training.log_z import LogZ
-from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
+from training.output import claim_output_dir, own_output_dir, run_flags
 from training.ranks import (MAX_GRAD_NORM, Ranks, all_reduce_gradients_, clip_gradients_,
                             learning_rate, running)
 from training.reference_cache import cache_reference, reference_key
-from training.setup import Setup, describe_reference, set_up
+from training.setup import Setup, describe_reference, make_objective, set_up
 from training.start_check import checked
 from ulma import response_logps
 from world import base_model, data_file, ensure_world
 
+ANSWER_TOKENS = 64       # of the answers that --eval_steps shows
 KERNELS = {              # --kernels: what computes log-probs, and attention
     "auto": ("auto", "auto"), "torch": ("torch", "dense"), "flex": ("triton", "flex"),
     "triton": ("triton", "tree")}
@@ -102,7 +107,7 @@ def accumulate_gradient(model: Llama, reference: Reference,
 
 
 def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute: Compute,
-          ranks: Ranks, anchors: d2o.AnchorSource | None) -> None:
+          ranks: Ranks, anchors: d2o.AnchorSource | None, evaluation: "Evaluation | None") -> None:
     """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
     model, batches, trees = setup.model, setup.batches, setup.trees
     parameters = list(trainable(model).values())
@@ -110,7 +115,7 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
     warmup_steps = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
     first, state = resume(setup.folder, model, optimizer, ranks, len(batches))
     since_line, reward_sums = state or (None, None)
-    log = Log(args.output_dir, args.logging_steps, first, len(batches), since_line)
+    log = Log(args, first, len(batches), since_line) if ranks.is_first else None
     log_z = LogZ(args, setup, objective, compute, ranks, reward_sums)
     for step in range(first, len(batches)):
         if anchors and (step == first or (args.refresh_anchors and
@@ -123,7 +128,8 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
         torch.manual_seed(((args.seed * 1_000_003) + step) * 4099 + ranks.rank)      # dropout
         totals = accumulate_gradient(
             model, setup.reference,
-            micro_batches(shares[ranks.rank], objective.method, compute, passes),
+            show_progress(micro_batches(shares[ranks.rank], objective.method, compute, passes),
+                          f"step {step + 1}: micro-batch", shown=ranks.is_first),
             batch_counts(batch), log_z.objective_for(batch), compute)
         *totals, stop_signal = all_reduce_gradients_(
             parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
@@ -135,50 +141,63 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log_z.add(totals)
-        if ranks.is_first:
+        if log:
             log.add(step + 1, totals, grad_norm, lr)
+        if evaluation and ((step + 1) % args.eval_steps == 0 or step + 1 == len(batches)):
+            metrics, answers = evaluation.run()
+            if log:
+                log.add_held_out(step + 1, metrics, answers)
         save_or_stop(setup.folder, step + 1, len(batches), model, optimizer, ranks, stop_signal,
-                     [log.since_line(), log_z.sums])
+                     [log and log.since_line(), log_z.sums])
 
 
-class Log:
-    """One line per logged step on the screen and in metrics.jsonl: means since the last line."""
+# ---- held-out responses, during a run ------------------------------------------------------------
 
-    def __init__(self, output_dir: str, logging_steps: int, first: int, total_steps: int,
-                 since_line: Sequence[float] | None = None):
-        self.output_dir, self.logging_steps = output_dir, logging_steps
-        self.first, self.total_steps = first, total_steps
-        self.steps, seconds, *sums = since_line or [0.0] * (4 + 2 * len(METRICS))
-        self.sums = torch.tensor(sums, dtype=torch.float64)
-        self.start = time.perf_counter()
-        self.last_time = self.start - seconds
+class Evaluation:
+    """--eval_steps: what eval.py measures after a run, and two held-out prompts answered.
 
-    def since_line(self) -> list[float]:
-        """Steps, seconds and sums since the last line, for a run that goes on from here."""
-        return [self.steps, time.perf_counter() - self.last_time, *self.sums.tolist()]
+    Nothing of it reaches the training: no gradient, no random number.
+    """
 
-    def add(self, step: int, totals: Sequence[float], grad_norm: float, lr: float) -> None:
-        """Add one step's totals, over all ranks; write a line if one is due."""
-        self.steps += 1
-        self.sums += torch.tensor(totals, dtype=torch.float64)
-        if step % self.logging_steps and step != self.total_steps:
-            return
-        now = time.perf_counter()
-        loss, tokens, *sums = self.sums.tolist()
-        line = {"step": step, "loss": loss / self.steps}
-        for name, total, count in zip(METRICS, sums[::2], sums[1::2]):
-            if count:
-                line[name] = total / count
-        line |= {"grad_norm": grad_norm, "lr": lr, "tokens": int(tokens),
-                 "tokens_per_s": round(tokens / (now - self.last_time), 1)}
-        write_metrics(self.output_dir, line)
-        shown = "  ".join(f"{name} {line[name]:.4g}" for name in
-                          ("loss", *METRICS, "grad_norm", "lr") if name in line)
-        left = time_left(now - self.start, step - self.first, self.total_steps - self.first)
-        print(f"step {step}/{self.total_steps}  {shown}  {line['tokens_per_s']:.0f} tok/s  {left}",
-              flush=True)
-        self.last_time, self.steps = now, 0
-        self.sums.zero_()
+    def __init__(self, args: argparse.Namespace, setup: Setup, objective: Objective,
+                 compute: Compute, ranks: Ranks):
+        self.args, self.model, self.tokenizer = args, setup.model, setup.tokenizer
+        self.objective, self.compute, self.ranks = objective, compute, ranks
+        if objective.method.reference != "none":
+            self.reference = setup.reference
+        else:                                    # of weights that are all trained no copy is kept
+            self.reference = partial(lora_disabled, self.model) if args.lora_r else None
+        _, records = held_out_records(args.output_dir, vars(args), None)
+        self.trees = make_trees(pair_points(records, Counter()), self.tokenizer, "all",
+                                args.max_length, args.max_prompt_length)
+        self.prompts = list(dict.fromkeys(record.prompt for record in records))[:2]
+        self.reference_answers = None            # they stay the same
+
+    def run(self) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """(metrics, a row for each prompt), of the model as it is; answers on the first rank."""
+        held, objective = measure_objective(
+            self.model, self.reference, self.trees, self.args.max_length, self.objective,
+            self.compute, self.ranks, in_step=self.args.fsdp)
+        answers = not objective.method.reward_model and (self.ranks.is_first or self.args.fsdp)
+        return held_out_metrics(held, objective), self.answer_both() if answers else []
+
+    def answer_both(self) -> list[dict[str, str]]:
+        """Greedy answers of policy and reference to the two prompts."""
+        def answer(reference: Reference) -> list[str]:
+            with reference() as model:
+                return [self.tokenizer.decode(ids) for ids in generate(
+                    model, prompt_ids, ANSWER_TOKENS, temperature=0.0, generator=0,
+                    eos_id=self.tokenizer.eos_ids,
+                    unused_ids=self.tokenizer.unused_ids(model.config.vocab_size))]
+
+        prompt_ids = [prompt_ids_of(self.model, self.tokenizer, turns, ANSWER_TOKENS)
+                      for turns in self.prompts]
+        policy = answer(partial(nullcontext, self.model))
+        if self.reference and self.reference_answers is None:
+            self.reference_answers = answer(self.reference)
+        return [{"prompt": turns[-1][1], "policy": mine} | ({"reference": other} if other else {})
+                for turns, mine, other in zip(self.prompts, policy,
+                                              self.reference_answers or [None, None])]
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -240,27 +259,27 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
                           choose_attention(attention, device.type))
         if args.dataset is None:
             use_world(args, method, ranks)
-        objective = Objective(method, args.beta, args.log_z, args.alpha,
-                              args.reduction in ("tokens", "authors"),
-                              "class" if args.reduction in ("class", "authors") else "mean")
+        objective = make_objective(vars(args), method)
         inputs = (args.sft_adapter, args.anchor_instructions,
                   args.anchors and args.anchors.replace("STEP", "0"))
         flags = run_flags(args, inputs, ranks, device) | {
             "reference": describe_reference(args, method)}
-        with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):
+        with own_output_dir(args.output_dir, flags, ranks):
             setup = set_up(args, methods, ranks, device)
             flags |= checked(setup.model, [setup.trees[n] for n in setup.batches[0]], compute,
                              ranks)
             if ranks.is_first:
-                claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
+                claim_output_dir(args.output_dir, flags)
             ranks.barrier()
             with ranks.stop:
                 anchors = None
+                evaluation = (Evaluation(args, setup, objective, compute, ranks)
+                              if args.eval_steps else None)
                 if method.trains_on == "anchors":
                     anchors = make_anchor_source(args, setup, objective, compute, ranks)
                 else:
                     setup = with_cached_reference(args, setup, objective, compute, ranks)
-                train(args, setup, objective, compute, ranks, anchors)
+                train(args, setup, objective, compute, ranks, anchors, evaluation)
                 if ranks.is_first:
                     save_final(setup.folder, setup.model, setup.tokenizer)
 

@@ -16,6 +16,7 @@ MESSAGE_LENGTH = 1000      # characters of an error message; a longer one loses 
 INPUT_ERRORS = (ValueError, OSError, FloatingPointError)     # what bad input may raise
 
 SHOWN_EVERY = 5.0       # seconds from one line of progress to the next
+
 SEEDS = (-2**31, 2**31 - 1)      # what a seed may be: a step's seed is made of it in 64 bits
 
 # What can move a terminal's cursor, turn the order of text around or cannot be encoded: control

@@ -23,7 +23,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--dataset", help="prompts: any file train.py reads")
     flag("--held_out", type=float, help="fraction of prompts never sampled for")
     flag("--output_dir", default="runs/METHOD", help="METHOD stands for rlhf or pointwise_rlhf")
-    flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
     flag = parser.add_argument_group("objective").add_argument
     flag("--beta", "--kl_coef", type=float, help="KL strength")
     flag("--missing_eos_penalty", type=float, default=1.0,

@@ -278,13 +278,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags = run_flags(args, inputs, ranks, device)
         compute = Compute(device, args.micro_tokens, choose_linear_logps("auto", device.type),
                           choose_attention("auto", device.type))
-        with own_output_dir(args.output_dir, flags, args.overwrite_output_dir, ranks):
+        with own_output_dir(args.output_dir, flags, ranks):
             setup = set_up(args, ranks)
             # nothing is sampled yet: every prompt answers itself
             trees = [Tree(ids, [ids], [0.0], []) for ids, _ in setup.prompts[:args.batch_size]]
             flags |= checked(setup.models["policy"], trees, compute, ranks)
             if ranks.is_first:
-                claim_output_dir(args.output_dir, flags, args.overwrite_output_dir)
+                claim_output_dir(args.output_dir, flags)
             ranks.barrier()
             with ranks.stop:
                 train(args, setup, compute, ranks)

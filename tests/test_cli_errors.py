@@ -282,7 +282,7 @@ def test_a_finished_run_is_neither_repeated_nor_changed(refused, tmp_path, tiny_
     argv = ["--max_steps", "1", "--seed", "3"]
     train.main(["--model_name_or_path", tiny_model, "--dataset", str(tmp_path / "pairs.jsonl"),
                 "--output_dir", "out", *argv])
-    has(refused(*argv), "out holds a finished run", "--overwrite_output_dir")
+    has(refused(*argv), "out holds a finished run", "remove the folder")
     has(refused(*argv, "--logging_steps", "3"), "out holds a finished run")
     sentence = refused("--max_steps", "1", "--seed", "4", "--beta", "0.5")
     has(sentence, "(beta was 0.1, now 0.5; seed was 3, now 4)")
@@ -299,47 +299,42 @@ def test_a_changed_data_file_is_another_run(refused, tmp_path, tiny_model):
 
 
 def test_a_folder_that_holds_no_run_is_left_alone(refused, tmp_path):
-    # Other people's files are never deleted, not even with --overwrite_output_dir.
+    # Other people's files are never deleted.
     (tmp_path / "work/out").mkdir()
     write_bytes(tmp_path / "work/out/thesis.tex", b"ten years of work")
     has(refused(), "out is not empty and holds no run")
-    has(refused("--overwrite_output_dir"), "out is not empty and holds no run")
 
 
-FREE = {"output_dir": "x", "overwrite_output_dir": False, "logging_steps": 1, "save_steps": 2,
-        "start_check": True}
+FREE = {"output_dir": "x", "logging_steps": 1, "save_steps": 2,
+        "eval_steps": 4, "report_to": "none", "start_check": True}
 
 
 def test_a_run_is_only_continued_with_the_same_flags(tmp_path):
     # A new or an empty folder is taken. Where all flags that change numbers are the same, the run
     # is continued and nothing is written.
     folder, flags = tmp_path / "new/run", {"seed": 1, "beta": 0.1} | FREE
-    claim_output_dir(str(folder), flags, overwrite=False)
+    claim_output_dir(str(folder), flags)
     assert json.loads((folder / "args.json").read_text()) == flags
     assert set(FREE) == FREE_FLAGS
     before = tree_of(tmp_path)
-    claim_output_dir(str(folder), flags | {"save_steps": 9, "output_dir": "y"}, overwrite=False)
+    claim_output_dir(str(folder), flags | {"save_steps": 9, "output_dir": "y"})
     with pytest.raises(ValueError) as caught:
-        claim_output_dir(str(folder), flags | {"beta": math.pi, "new": 1}, overwrite=False)
+        claim_output_dir(str(folder), flags | {"beta": math.pi, "new": 1})
     has(str(caught.value), str(folder), "beta was 0.1, now 3.14", "new was None, now 1")
     assert "seed" not in str(caught.value) and tree_of(tmp_path) == before
     (folder / "final").mkdir()
     with pytest.raises(ValueError, match="holds a finished run"):
-        claim_output_dir(str(folder), flags, overwrite=False)
-    claim_output_dir(str(folder), flags, overwrite=True)
-    assert sorted(tree_of(folder)) == ["args.json"]
+        claim_output_dir(str(folder), flags)
     (tmp_path / "empty").mkdir()
-    claim_output_dir(str(tmp_path / "empty"), flags, overwrite=False)
+    claim_output_dir(str(tmp_path / "empty"), flags)
 
 
-def test_only_a_run_is_ever_overwritten(tmp_path):
-    # A mistyped flag must not delete a home folder: only a folder with an args.json is.
+def test_what_is_no_run_is_not_taken_for_one(tmp_path):
     write_bytes(tmp_path / "file", b"x")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="holds no run"):
-            claim_output_dir(str(tmp_path), {"seed": 1}, overwrite)
-        with pytest.raises(ValueError, match="file is a file"):
-            claim_output_dir(str(tmp_path / "file"), {"seed": 1}, overwrite)
+    with pytest.raises(ValueError, match="holds no run"):
+        claim_output_dir(str(tmp_path), {"seed": 1})
+    with pytest.raises(ValueError, match="file is a file"):
+        claim_output_dir(str(tmp_path / "file"), {"seed": 1})
     assert list(tree_of(tmp_path)) == ["file"]
 
 
@@ -348,7 +343,7 @@ def test_a_damaged_args_json_is_named(tmp_path, text):
     # "Expecting value: line 1 column 1" without a file name would not help.
     write_bytes(tmp_path / "args.json", text.encode())
     with pytest.raises(ValueError, match=r"args\.json"):
-        claim_output_dir(str(tmp_path), {"seed": 1}, overwrite=False)
+        claim_output_dir(str(tmp_path), {"seed": 1})
 
 
 # ---- the other commands -------------------------------------------------------------------------
@@ -356,7 +351,7 @@ def test_a_damaged_args_json_is_named(tmp_path, text):
 def test_eval_refuses_what_is_no_finished_run(refused, tmp_path, tiny_model):
     # No folder; a model's; a run that was killed; one whose args.json holds no flags.
     killed, odd = tmp_path / "killed", tmp_path / "odd"
-    claim_output_dir(str(killed), {"seed": 1}, overwrite=False)
+    claim_output_dir(str(killed), {"seed": 1})
     for folder in (tmp_path / "nothing", tiny_model, killed):
         sentence = refused(command=functools.partial(evaluate.main, [str(folder)]))
         has(sentence, f"{folder} is not a finished run of train.py")

@@ -17,12 +17,11 @@ import torch
 from conftest import ONE_THREAD, ROOT
 from helpers import (adapter_hash, backward, command, finish, flat_gradient, logged, make_model,
                      make_trees, no_reference, usable, wait_for_lines)
-from torch.testing import assert_close
 
 from d2o import AnchorSource, anchor_seeds, anchored_trees, sampling_batches
 from generate import Sampling, generate
 from kernels import linear_logps
-from lora import add_lora, load_adapter, lora_disabled, save_adapter, share_base
+from lora import lora_disabled
 from model import load_llama
 from packing import Tree, build_stream, one_negative_per_tree
 from step import Compute, reference_logps, sequence_logps

@@ -292,7 +292,7 @@ def flags_of_a_run(folder, tokenizer):
     (run / "final").rename(folder / "final")             # a run that goes on
 
     def read():
-        check_output_dir(str(run), flags, overwrite=False)
+        check_output_dir(str(run), flags)
         (folder / "final").rename(run / "final")
         try:
             return held_out_records(str(run), read_run(str(run)), None)

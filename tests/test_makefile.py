@@ -32,7 +32,12 @@ def demo(tmp_path):
         made = subprocess.run(["make", "demo"], cwd=tmp_path, env=os.environ | {"FAILS": fails},
                               capture_output=True, text=True)
         lines = (tmp_path / "commands").read_text().splitlines()
-        return made.returncode, [line.split()[2] if "train" in line else "eval" for line in lines]
+        parts = [line.split()[1:5] for line in made.stdout.splitlines() if line.startswith("==")]
+        ran = [line.split()[2] if "train" in line else "eval" for line in lines]
+        assert [part[3] for part in parts] == ran and all(part[1:3] == ["of", "5:"] for part in parts)
+        assert made.stdout.count("3 minutes in all") == 1
+        assert made.stdout.count("s left in all") == len(ran) - 1
+        return made.returncode, ran
     return run
 
 

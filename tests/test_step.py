@@ -1,5 +1,4 @@
 """Packing, prompt sharing, micro-batches and ranks leave loss and gradient as they are."""
-import json
 from functools import partial
 
 import pytest
@@ -14,7 +13,7 @@ from model import Llama
 from packing import Tree, build_stream, shard
 from step import (METHODS, METRICS, Compute, Objective, batch_counts, micro_batches,
                   reference_logps, scored_hidden, sequence_logps, token_logps, tree_rewards)
-from train import Log, accumulate_gradient
+from train import accumulate_gradient
 from training.checkpoint import trainable
 from ulma import response_logps
 
@@ -308,16 +307,6 @@ def test_at_the_start_policy_equals_reference_to_the_bit():
         totals = backward(model, trees, name, compute=Compute(micro_tokens=64))
         assert float(totals[0]) == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
         assert float(totals[2]) == 0.0 and float(totals[4]) == 0.0
-
-
-def test_metrics_file_is_json_lines_of_known_keys(tmp_path):
-    # metrics come from sums and counts, so a key is absent (not NaN) where its count is 0
-    log = Log(str(tmp_path), logging_steps=1, first=0, total_steps=2)
-    sums = [3.0, 2.0, 0.0, 0.0, -8.0, 4.0, 0.0, 0.0, 1.0, 2.0, 6.0, 2.0]
-    log.add(1, [0.5, 100.0, *sums], 0.1, 1e-3)
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["loss"] == 0.5 and line["tokens"] == 100
-    assert [line.get(key) for key in METRICS] == [1.5, None, -2.0, None, 0.5, 3.0]
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo", "reward_model", "pointwise_dpo", "sft"])

@@ -206,7 +206,9 @@ def resume(folder: RunFolder, model: nn.Module, optimizer: Optimizer, ranks: Ran
         done, loop = state["step"], state.get("loop")
     if ranks.is_first:
         rewind_metrics(folder.path, done)
-        print(f"{total_steps} steps" + (f", continuing after step {done}" if done else ""))
+        rewind_metrics(folder.path, done, "eval.jsonl")
+        print(f"{total_steps} steps" + (f", continuing after step {done}" if done else ""),
+              flush=True)
     return done, loop
 
 

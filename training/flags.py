@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 
 from files.cli import SEEDS, Help, Parser, check_ranges
 
@@ -38,8 +39,8 @@ D2O_FLAGS = {             # name: type, default, help
 }
 
 ELSEWHERE = {             # what other trainers call a flag: what to do here
-    "--per_device_train_batch_size": "--batch_size is a whole step's, over all ranks; --micro_tokens "
-                                     "bounds one forward pass",
+    "--per_device_train_batch_size": "--batch_size is a whole step's, over all ranks; "
+                                     "--micro_tokens bounds one forward pass",
     "--gradient_accumulation_steps": "--batch_size is a whole step's; --micro_tokens bounds one "
                                      "forward pass",
     "--loss_type": "--method names the objective",
@@ -50,6 +51,7 @@ ELSEWHERE = {             # what other trainers call a flag: what to do here
     "--warmup_ratio": "--warmup_steps below 1 is a fraction of the run",
     "--weight_decay": "it is 0",
     "--max_grad_norm": "gradients are clipped to norm 1",
+    "--overwrite_output_dir": "remove the folder, or choose another --output_dir",
     "--save_total_limit": "the newest two checkpoints stay",
     "--attention": "--kernels chooses log-probs and attention together",
 }
@@ -70,7 +72,6 @@ def add_what_flags(parser: argparse.ArgumentParser, methods: Collection[str]) ->
     flag("--held_out", type=float, default=0.0,
          help="fraction of prompts never trained on; --eval_steps and eval.py measure on them")
     flag("--output_dir", default="runs/METHOD", help="METHOD stands for --method")
-    flag("--overwrite_output_dir", action="store_true", help="delete the run in output_dir first")
     flag = parser.add_argument_group("objective").add_argument
     flag("--beta", type=float, default=0.1, help="multiplies log pi/pi_ref: KL strength; "
          "ipo's tau; simpo wants about 2, and its margin is half of it")
@@ -120,6 +121,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def add_saving_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("logging and saving").add_argument
     flag("--logging_steps", type=int, default=10, help="steps per logged line")
+    flag("--eval_steps", type=int, default=0, help="steps after which what --held_out keeps apart "
+         "is measured, and two of its prompts answered; 0: never")
+    flag("--report_to", choices=("none", "tensorboard"), default="none",
+         help="also write TensorBoard's files into --output_dir (pip install tensorboard)")
     flag("--save_steps", type=int, default=100, help="steps per checkpoint; the newest two stay")
 
 
@@ -128,23 +133,22 @@ def check_flags(args: argparse.Namespace) -> None:
     zero_or_more = (0, math.inf)
     check_ranges(args, ("batch_size", "micro_tokens", "logging_steps", "save_steps"), {
         "held_out": (0, 1), "log_z": (-math.inf, math.inf), "seed": SEEDS,
-        **dict.fromkeys(("learning_rate", "warmup_steps", "num_train_epochs", "beta",
-                         "lora_alpha"), zero_or_more)})
-    output_dir = os.path.abspath(args.output_dir)
+        **dict.fromkeys(("learning_rate", "warmup_steps", "num_train_epochs", "beta", "lora_alpha",
+                         "eval_steps"), zero_or_more)})
     for refused, message in (
         (bool(args.dataset) != bool(args.model_name_or_path),
          "--dataset and --model_name_or_path go together (leave out both for the embedded world)"),
         (args.method.endswith("reward_model") and args.lora_r == 0,
          f"--method {args.method} trains an adapter and a head; --lora_r must be at least 1"),
-        (args.sft_adapter and output_dir == os.path.commonpath(
-            [os.path.abspath(args.sft_adapter), output_dir]),
-         f"--sft_adapter {args.sft_adapter} lies in --output_dir {args.output_dir}; choose another "
-         "--output_dir"),
         (args.fsdp and (args.lora_r == 0 or args.sft_adapter or args.method == "d2o"),
          "--fsdp shards the frozen weights under one adapter; it does not go with --lora_r 0, "
          "--sft_adapter (merge it with python -m tools.export) or --method d2o"),
         (args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2,
          "--fsdp needs two or more processes: torchrun --nproc_per_node=2 train.py"),
+        (args.eval_steps and not args.held_out,
+         "--eval_steps measures what --held_out keeps apart; give both, as --held_out 0.05"),
+        (args.report_to == "tensorboard" and not find_spec("tensorboard"),
+         "--report_to tensorboard needs its package: pip install tensorboard"),
         (args.bf16 and args.lora_r == 0,
          "--bf16 with --lora_r 0 would round AdamW's updates away; train all weights in float32"),
     ):

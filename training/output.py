@@ -14,14 +14,14 @@ import torch
 from files.fingerprint import fingerprints
 from files.lock import locked
 from files.rows import dataset_sha256
-from files.text import (append_text, json_value, read_json, remove_folder, remove_leftovers,
+from files.text import (append_text, json_value, read_json, remove_leftovers,
                         whole_lines, write_json, write_text)
 from tokenizer import recorded_template
 from training.ranks import Ranks
 
 # Flags that may change between a run and its continuation: they change no number, or only the
 # order of sums, and with it the last bits.
-FREE_FLAGS = {"output_dir", "overwrite_output_dir", "logging_steps", "save_steps",
+FREE_FLAGS = {"output_dir", "logging_steps", "save_steps", "eval_steps", "report_to",
               "start_check"}
 ROUNDING_FLAGS = {"kernels", "micro_tokens", "gradient_checkpointing", "fsdp",
                   "world_size", "torch", "device"}
@@ -59,23 +59,21 @@ def changed_flags(file: str, flags: dict) -> tuple[str, str]:
     return "; ".join(sorted(changed)), "; ".join(sorted(rounding))
 
 
-def check_output_dir(path: str, flags: dict, overwrite: bool) -> None:
+def check_output_dir(path: str, flags: dict) -> None:
     """Check that a folder is new, or belongs to this run: a killed run with the same flags is
-    continued. `overwrite` takes any run, but nothing that is no run.
+    continued.
 
     raises  ValueError if it holds a finished run, a run with other flags or inputs (each named), or
             anything that is no run at all
     """
     file = os.path.join(path, "args.json")
     if os.path.isfile(file):
-        if overwrite:
-            return
         if changed := changed_flags(file, flags)[0]:
             raise ValueError(f"{path} holds a run with other flags ({changed}); choose another "
-                             "--output_dir, or pass --overwrite_output_dir")
+                             "--output_dir, or remove the folder")
         if os.path.isdir(os.path.join(path, "final")):
-            raise ValueError(f"{path} holds a finished run; choose another --output_dir, or pass "
-                             "--overwrite_output_dir")
+            raise ValueError(f"{path} holds a finished run; choose another --output_dir, or "
+                             "remove the folder")
     elif os.path.isdir(path):              # a run that was killed at once leaves its first write
         if not all(re.fullmatch(r"\.lock|args\.json\.\d+\.tmp", name) for name in os.listdir(path)):
             raise ValueError(f"{path} is not empty and holds no run of train.py; choose another "
@@ -85,7 +83,7 @@ def check_output_dir(path: str, flags: dict, overwrite: bool) -> None:
 
 
 @contextmanager
-def own_output_dir(path: str, flags: dict, overwrite: bool, ranks: Ranks) -> Iterator[None]:
+def own_output_dir(path: str, flags: dict, ranks: Ranks) -> Iterator[None]:
     """Inside, no other process writes to the run folder.
 
     raises  ValueError if one does, and as `check_output_dir`
@@ -93,24 +91,21 @@ def own_output_dir(path: str, flags: dict, overwrite: bool, ranks: Ranks) -> Ite
     if not ranks.is_first:
         yield
         return
-    check_output_dir(path, flags, overwrite)
+    check_output_dir(path, flags)
     with locked(os.path.join(path, LOCK), path):
         yield
 
 
-def claim_output_dir(path: str, flags: dict, overwrite: bool) -> None:
+def claim_output_dir(path: str, flags: dict) -> None:
     """Create the run folder, or find it to be this run's; see `check_output_dir`."""
-    check_output_dir(path, flags, overwrite)
+    check_output_dir(path, flags)
     file = os.path.join(path, "args.json")
     os.makedirs(path, exist_ok=True)
     remove_leftovers(path)
-    if os.path.isfile(file) and not overwrite:
+    if os.path.isfile(file):
         if rounding := changed_flags(file, flags)[1]:
             print(f"continuing with other rounding ({rounding})")
         return
-    for name in set(os.listdir(path)) - {LOCK, "args.json"}:     # args.json last: it makes it a run
-        old = os.path.join(path, name)
-        remove_folder(old) if os.path.isdir(old) and not os.path.islink(old) else os.remove(old)
     write_json(file, flags)
 
 
@@ -161,17 +156,17 @@ def own_file(args: argparse.Namespace, total: int) -> Iterator[int]:
         yield done
 
 
-def write_metrics(path: str, line: dict) -> None:
-    """Append a line to metrics.jsonl."""
-    append_text(os.path.join(path, "metrics.jsonl"), json.dumps(line) + "\n")
+def write_metrics(path: str, line: dict, name: str = "metrics.jsonl") -> None:
+    """Append a line to metrics.jsonl, or to eval.jsonl."""
+    append_text(os.path.join(path, name), json.dumps(line) + "\n")
 
 
-def rewind_metrics(path: str, step: int) -> None:
-    """Drop the lines of metrics.jsonl past `step`: they will be written again.
+def rewind_metrics(path: str, step: int, name: str = "metrics.jsonl") -> None:
+    """Drop the lines of metrics.jsonl, or of eval.jsonl, past `step`: they will be written again.
 
     raises   ValueError naming a line that does not hold a step after that of the line before it
     """
-    file, kept, last = os.path.join(path, "metrics.jsonl"), [], 0
+    file, kept, last = os.path.join(path, name), [], 0
     for number, line in enumerate(whole_lines(file), 1):
         try:
             found = json_value(line.encode())["step"]

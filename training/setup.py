@@ -12,9 +12,10 @@ from files.config import read_config
 from lora import add_lora, add_score_head, lora_disabled, start_from_adapter
 from model import Llama, load_llama
 from packing import plan_batches
-from step import Method, Reference
+from step import Method, Objective, Reference
 from tokenizer import Tokenizer
 from training.checkpoint import RunFolder, base_name, trainable
+from training.log import unrewarded
 from training.ranks import Ranks, shard_layers
 from training.token_cache import TokenTable, token_table
 
@@ -83,6 +84,14 @@ def make_reference(args: argparse.Namespace, method: Method, model: Llama) -> Re
     return partial(nullcontext, copy.deepcopy(model).requires_grad_(False))
 
 
+def make_objective(flags: Mapping, method: Method) -> Objective:
+    """A method with the settings among a run's flags."""
+    reduction = flags.get("reduction", "mean")
+    return Objective(method, flags["beta"], flags.get("log_z", 0.0), flags.get("alpha"),
+                     mean_logps=reduction in ("tokens", "authors"),
+                     reduction="class" if reduction in ("class", "authors") else "mean")
+
+
 def describe_reference(args: argparse.Namespace, method: Method) -> str:
     """The reference in words, for the screen and args.json."""
     if method.reference == "none":
@@ -103,6 +112,8 @@ def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks
         tokenizer.print_notes()
     check_model(args, tokenizer)
     trees, batches = prepare_data(args, methods, tokenizer, ranks)
+    if ranks.is_first:
+        print(f"loading {args.model_name_or_path}", flush=True)
     model = load_base(args, device)
     reference = make_reference(args, method, model)
     torch.manual_seed(args.seed)
@@ -116,5 +127,7 @@ def set_up(args: argparse.Namespace, methods: Mapping[str, Method], ranks: Ranks
     if ranks.is_first:
         print(f"{sum(p.numel() for p in trainable(model).values()):,} weights are trained, from "
               f"{base_name(args)}; reference: {describe_reference(args, method)}")
+        if note := unrewarded(args.method, method):
+            print(note)
     folder = RunFolder(args.output_dir, base_name(args), args.save_steps)
     return Setup(model, reference, tokenizer, trees, batches, folder)

@@ -169,6 +169,8 @@ def checked(model: Llama, trees: list[Tree], compute: Compute, ranks: Ranks) -> 
     """`check_start` where something else than plain torch runs; for args.json, and on the screen."""
     if torch.device(compute.device).type not in CHECKED_DEVICES:
         return {}
+    if ranks.is_first:
+        print("compiling the kernels, and checking them on the first micro-batch", flush=True)
     errors = check_start(model, trees, compute)
     if ranks.is_first:
         print("checked against plain torch, relative errors:", ", ".join(

@@ -116,47 +116,13 @@ def test_a_run_that_was_killed_in_its_first_write_starts_again(tmp_path):
         folder.mkdir()
         for name in leftovers:
             (folder / name).write_text("{")
-        with own_output_dir(str(folder), {"seed": 1}, False, Ranks()):
-            claim_output_dir(str(folder), {"seed": 1}, False)
+        with own_output_dir(str(folder), {"seed": 1}, Ranks()):
+            claim_output_dir(str(folder), {"seed": 1})
         assert [path.name for path in folder.iterdir()] == ["args.json"]
         (folder / "args.json").unlink()
         (folder / "args.json.txt").write_text("notes")                   # somebody's
         with pytest.raises(ValueError, match="holds no run"):
-            claim_output_dir(str(folder), {"seed": 1}, False)
-
-
-def test_overwriting_that_is_killed_anywhere_is_finished_by_the_same_command(tmp_path,
-                                                                            monkeypatch):
-    # Whatever is removed first, the folder stays one that is a run.
-    folder, flags = tmp_path / "run", {"seed": 1}
-    calls = []
-
-    def counting(function):
-        def call(*args):
-            calls.append(args)
-            if len(calls) == kill_at:
-                raise KeyboardInterrupt
-            return function(*args)
-        return call
-    for name in ("remove", "rename", "replace"):
-        monkeypatch.setattr(os, name, counting(getattr(os, name)))
-    for kill_at in range(1, 8):
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in ("checkpoint-3", "final"):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "weights").write_text("x")
-        for name in ("metrics.jsonl", "anchors-0.jsonl"):
-            (folder / name).write_text("x")
-        (folder / "args.json").write_text('{"seed": 2}')
-        calls.clear()
-        try:
-            claim_output_dir(str(folder), flags, overwrite=True)
-        except KeyboardInterrupt:
-            assert (folder / "args.json").exists()
-            claim_output_dir(str(folder), flags, overwrite=True)
-        assert [path.name for path in folder.iterdir()] == ["args.json"], kill_at
-        assert json.loads((folder / "args.json").read_text()) == flags
-    assert len(calls) < kill_at, "the last round was not killed"
+            claim_output_dir(str(folder), {"seed": 1})
 
 
 def test_what_killed_processes_were_writing_goes_and_nothing_else_does(tmp_path):
@@ -175,9 +141,8 @@ def test_the_same_command_twice_at_once_is_refused_before_it_reads_or_writes(
 
     def loss(policy_logps, reference_logps, stream, objective):
         before = tree_of(tmp_path / "run")
-        for flag in ([], ["--overwrite_output_dir"]):
-            with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on "):
-                train.main([*argv, *flag], methods)
+        with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on "):
+            train.main(argv, methods)
         assert tree_of(tmp_path / "run") == before
         inside.append(stream)
         return sft_loss(policy_logps)
