@@ -29,7 +29,8 @@ def commands(text: str) -> list[str]:
 
 def arguments(command: str, tiny_model: str, dataset: str) -> tuple[str, list[str], int]:
     """(script or module, flags, ranks) of a command, with files of this test in it."""
-    words = shlex.split(command.replace("DIR", tiny_model).replace("FILE", dataset))
+    words = shlex.split(command.replace("DIR", tiny_model).replace("FILE", dataset)
+                        .replace("TEST", dataset))
     ranks = 1
     if words[0] == "torchrun":
         ranks = int(next(w for w in words if w.startswith("--nproc_per_node"))[-1])
