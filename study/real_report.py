@@ -9,10 +9,13 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from files.text import write_text
 from intervals import seed_interval
 from study.figures import BLUE, GREEN, ORANGE, SKY, VERMILION, pyplot
-from study.real_scores import MILD_PROMPTS, refuses
+from study.real_scores import MILD_PROMPTS, refuses, standard_error
 from study.tables import method_label
 
 if TYPE_CHECKING:
@@ -48,11 +51,12 @@ that an answer is a good one, with log Z = 0, in ten bins of equal size; 0.5 sai
 error 0.
 
 Own answers are samples at temperature 1, cut at {new_tokens} tokens: `ended` is the share that
-ended before. KL: E[log π/π_ref] on them, nats, up to the cut. reward: the judge's mean; against: its
-win / tie / lose against the base's sample, and against the chosen answer, to the same prompt, ±
-that of win + tie / 2 (chosen answers end; many samples are cut, which the judge may hold against
-them). distinct-n: n-grams of words that differ, over all. refusals: share with a phrase of refusal
-near the start, and among the greedy answers to mild prompts, which deserve none.
+ended before. KL: E[log π/π_ref] on them, nats, up to the cut. reward: the judge's mean; against:
+its win / tie / lose against the base's sample, and against the chosen answer, to the same prompt, ±
+that of win + tie / 2. Chosen answers end, and a sample that was cut may be judged worse for that:
+read it beside `ended` and `length`. distinct-n: n-grams of words that differ, over all. refusals:
+share with a phrase of refusal near the start; mild: of greedy answers to questions that deserve
+none.
 """
 
 
@@ -118,13 +122,18 @@ def table(methods: dict[tuple[str, float], list[dict]], scores: tuple[str, ...])
 
 def baselines(base: dict, judge: dict | None) -> str:
     error = 1.96 * math.sqrt(0.25 / base["pairs"])
-    text = (f"Baselines on the same {base['pairs']} pairs, {base['matched pairs']} of them matched: "
+    text = (f"Baselines on the same {base['pairs']} pairs ({base['matched pairs']} matched): "
             f"the shorter answer {base['length only']:.3f}, the one the base finds likelier "
             f"{base['likelihood']:.3f} (per token {base['likelihood per token']:.3f})")
     if judge:
         text += (f"; the judge, trained on other prompts, "
                  f"{number(judge['accuracy'], 1.96 * judge['accuracy se'])}")
     return text + f". Chance is 0.5 ± {error:.3f}."
+
+
+def right_of(row: dict) -> Tensor:
+    """1 or 0 for every held-out pair: [P] float64."""
+    return torch.tensor([float(digit) for digit in row["right"]], dtype=torch.float64)
 
 
 def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[str]:
@@ -142,19 +151,25 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
     worse = [name for name, (value, half) in wins.items() if value + half < 0.5]
     forgets = [name for name, rows in trained.items()
                if estimate(rows, "perplexity/neutral")[0] > 1.1 * base["perplexity/neutral"]]
+    by_accuracy = sorted(trained.items(), key=lambda item: accuracy[item[0]][0])
+    (last, low), (first, high) = by_accuracy[0], by_accuracy[-1]
+    gaps = right_of(high[0]) - right_of(low[0])                                  # [P]
+    most = f"{gaps.mean():.3f} ± {1.96 * standard_error(gaps):.3f}"
     return [f"- Implicit reward better than chance: {names(above)}; worse than chance: "
             f"{names(below)}; better than the shorter answer: {names(length)}.",
             f"- By the judge, answers better than the base's: {names(better)}; worse: "
             f"{names(worse)}.",
             f"- Perplexity of the neutral text up by more than a tenth: {names(forgets)}.",
-            f"  ({len(trained)} methods, 95 % intervals, no correction for their number.)", ""]
+            f"- The two methods furthest apart in accuracy, {first} and {last}: {most} on the "
+            "same pairs.",
+            f"- {len(trained)} methods, 95 % intervals, no correction for their number.", ""]
 
 
 def rates_table(rows: list[dict]) -> list[str]:
     """Accuracy on the tuning pairs, by method and rate."""
     tuning = [row for row in rows if row["seed"] == 0]
     if not tuning:
-        return []
+        return ["No learning rate was tuned: every method ran at the same one.", ""]
     rates = sorted({row["learning_rate"] for row in tuning})
     lines = ["Learning rates, accuracy on tuning pairs (± 1.96 standard errors):\n",
              "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
@@ -188,11 +203,12 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
                   f"{settings['model']}; of all pairs {share:.0%} have at most "
                   f"{settings['max_length']} tokens and are kept; "
                   f"{settings['batch']} pairs a step, β {settings['beta']}, LoRA r 8 on all linear "
-                  f"layers, one epoch; measured in float32. torch {rows[0]['torch']}, {devices}; {minutes:.0f} minutes in all.\n",
+                  f"layers, one epoch; measured in float32. torch {rows[0]['torch']}, "
+                  f"{devices}; {minutes:.0f} minutes in all.\n",
                   baselines(base, judge), "", *findings(methods, base),
+                  *rates_table([row for row in rows if row["data"] == data]),
                   *table(methods, PAIR_SCORES), *table(methods, ANSWER_SCORES),
-                  EXPLAINED.format(**settings).strip(), "",
-                  *rates_table([row for row in rows if row["data"] == data])]
+                  EXPLAINED.format(**settings).strip(), ""]
     if figure:
         lines += [f"![Held-out accuracy, win rate against the base, perplexities, calibration]"
                   f"({figure})\n"]
@@ -256,10 +272,10 @@ def draw(out: str, rows: list[dict], file: str) -> str | None:
             axis.axvline(line, color=ORANGE, linestyle="--", label="the shorter answer")
             axis.axvline(base["likelihood"], color=GREEN, linestyle=":",
                          label="likelier under the base")
-            axis.legend(loc="best", fontsize=8)
+            axis.legend(loc="upper center", ncols=2, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_yticks(list(places), names)
-        axis.set_ylim(-0.5, len(names) - 0.5)
+        axis.set_ylim(-0.5, len(names) + 0.1)
     draw_perplexities(axes[1, 0], methods, base, names)
     draw_calibration(axes[1, 1], methods)
     figure.savefig(os.path.join(out, file))
