@@ -37,9 +37,8 @@ from random import Random
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import conftest  # noqa: E402
 import torch  # noqa: E402
-from conftest import (ONE_THREAD, launch, make_tiny_tokenizer,  # noqa: E402
-                      save_tiny_model, write_jsonl)
 from helpers import kill_with_workers, processes_below, train_flags  # noqa: E402
 
 import generate  # noqa: E402
@@ -70,10 +69,10 @@ class Job:
 
 
 def make_jobs(work: Path) -> list[Job]:
-    tokenizer = make_tiny_tokenizer(work / "tokenizer")
-    model = save_tiny_model(work / "model", tokenizer)
+    tokenizer = conftest.make_tiny_tokenizer(work / "tokenizer")
+    model = conftest.save_tiny_model(work / "model", tokenizer)
     rng, words = Random(0), "the a cat dog sat ran on under mat hill".split()
-    data = write_jsonl(work / "pairs.jsonl", [
+    data = conftest.write_jsonl(work / "pairs.jsonl", [
         {"prompt": " ".join(rng.choices(words, k=5)), "chosen": f"{rng.choice(words)} yes",
          "rejected": f"{rng.choice(words)} no"} for _ in range(24)])
 
@@ -160,7 +159,7 @@ class Process:
             if not self.pid:
                 run_forked(job, writes, limit)
         else:
-            argv = launch(*job.command, ranks=job.ranks)
+            argv = conftest.launch(*job.command, ranks=job.ranks)
             argv[4:4] = [f"--max-restarts={restarts}"] if restarts else []
             self.popen = subprocess.Popen(argv, stdout=writes, stderr=writes)
             self.pid = self.popen.pid
@@ -289,8 +288,12 @@ def disturb_by_a_restart(round: Round) -> None:
     kills = round.rng.choice((1, 1, 2))
     process = round.start(restarts=kills)
     for _ in range(kills):
-        if round.pause(process, 0.8) and process.kill(signal.SIGKILL, "rank"):
-            round.done["restart"] += 1
+        killed = False
+        round.pause(process, 0.5)
+        while process.poll() is None and not killed:     # until torchrun has started its ranks
+            killed = process.kill(signal.SIGKILL, "rank")
+            time.sleep(0.01)
+        round.done.update(["restart"] * killed)
     round.check_end(process, (0,), "restart")
 
 
@@ -381,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="soak.json", help="figures")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    os.environ |= ONE_THREAD
+    os.environ |= conftest.ONE_THREAD
     start, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     jobs = [job for job in make_jobs(work) if job.name.startswith(tuple(args.jobs or [""]))]
     for job in jobs:
