@@ -33,8 +33,8 @@ from files.rows import TEXT, get_texts, get_value
 from files.rows import read_rows as read_data
 from generate import Sampling, generate, row_seeds
 from model import Llama
-from packing import Tree, truncate
-from step import Compute, Reference, reference_logps
+from packing import Tree, derived_seed, truncate
+from step import Compute, Reference, tree_logps
 from training.ranks import Ranks
 from training.reference_cache import read_rows, write_rows
 
@@ -74,7 +74,7 @@ def add_anchors(tree: Tree, anchor_ids: list[list[int]],
 
 def anchor_seeds(seed: int, step: int, number: int, num_anchors: int) -> list[int]:
     """Seeds of the anchors of a tree: a function of (seed, step, number) only."""
-    return row_seeds(((seed * 1_000_003 + step) * 1_000_003 + number) % 2 ** 63, num_anchors)
+    return row_seeds(derived_seed(seed, step, number) % 2 ** 63, num_anchors)
 
 
 def sampling_batches(trees: list[Tree], numbers: list[int], num_anchors: int,
@@ -233,7 +233,7 @@ def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
     anchored = [add_anchors(trees[number], anchor_ids[i * count:(i + 1) * count])
                 for i, number in enumerate(numbers)]
     negatives, anchors = (                   # apart: together would be another order of sums
-        reference_logps(source.reference, anchored, lambda score, z=z: score == z,
+        tree_logps(source.reference, anchored, lambda score, z=z: score == z,
                         source.mean_logps, source.compute) for z in (0, 1))
     return [{"tree": number, "anchor_ids": tree.response_ids[1:],
              "reference_logps": of_negative[:1] + of_anchors[1:]}

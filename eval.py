@@ -45,7 +45,8 @@ from kernels import linear_logps
 from model import Llama
 from packing import Tree, make_trees, pair_points, prefix_stream
 from step import METHODS, Compute, Objective, tree_rewards
-from training.checkpoint import held_out_records, load_run, read_run, run_tokenizer
+from training.checkpoint import (held_out_records, is_reward_model, load_run, read_run,
+                                 run_tokenizer)
 from training.held_out import (HeldOut, held_out_losses, mean_loss, measure_objective,
                                reward_margins)
 from training.setup import make_objective
@@ -267,11 +268,6 @@ def evaluate_world_rewards(model: Llama, tokenizer: Tokenizer, prompts: Sequence
 
 
 # ---- runs ---------------------------------------------------------------------------------------
-
-def is_reward_model(flags: dict) -> bool:
-    """Whether a run with these flags trained a reward model."""
-    return flags["method"].endswith("reward_model")
-
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """The end of each path, as much as tells it from the others and from the table's own rows."""

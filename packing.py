@@ -16,7 +16,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -260,38 +259,32 @@ def build_stream(trees: list[Tree], device: torch.device | str = "cpu",
             branch_ids += [i + 1] * (len(ids) - 1)
         tree_ids += [tree_number] * (len(input_ids) - prompt_start)
     # The prompt's last position predicts the first token of every response; keep it once.
-    rows = list(dict.fromkeys(predict_from))
-    row_number = {row: number for number, row in enumerate(rows)}
+    row_number = {row: number for number, row in enumerate(dict.fromkeys(predict_from))}
     cached = None
     if trees and trees[0].reference_logps is not None:
-        cached = torch.tensor([logp for tree in trees for logp in tree.reference_logps],
-                              dtype=torch.float64)
-    integers = partial(torch.tensor, dtype=torch.int64)       # an empty list too
+        cached = to_device(torch.tensor([logp for tree in trees for logp in tree.reference_logps],
+                                        dtype=torch.float64), device)
+
+    def integers(values: list) -> Tensor:                     # an empty list too
+        return to_device(torch.tensor(values, dtype=torch.int64), device)
+
     return Stream(
-        input_ids=to_device(integers(input_ids), device),
-        position_ids=to_device(integers(position_ids), device),
-        tree_ids=to_device(integers(tree_ids), device),
-        branch_ids=to_device(integers(branch_ids), device),
+        input_ids=integers(input_ids), position_ids=integers(position_ids),
+        tree_ids=integers(tree_ids), branch_ids=integers(branch_ids),
         segments=attention_segments(tree_ids, branch_ids, device, attention),
-        rows=to_device(integers(rows), device),
-        row_ids=to_device(integers([row_number[row] for row in predict_from]), device),
-        labels=to_device(integers(labels), device),
-        response_ids=to_device(integers(response_ids), device),
+        rows=integers(list(row_number)), row_ids=integers([row_number[row] for row in predict_from]),
+        labels=integers(labels), response_ids=integers(response_ids),
         scores=to_device(torch.tensor(scores, dtype=torch.float32), device),
-        pairs=to_device(integers(pairs).view(-1, 2), device),
-        reference_logps=None if cached is None else to_device(cached, device))
+        pairs=integers(pairs).view(-1, 2), reference_logps=cached)
 
 
 def idle_stream(device: torch.device | str = "cpu") -> Stream:
     """A stream of one token and no response: a pass that only keeps sharded ranks in step."""
-    token, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    token, nothing = (to_device(torch.zeros(size, dtype=torch.int64), device) for size in (1, 0))
     return Stream(
-        **{name: to_device(token, device) for name in (
-            "input_ids", "position_ids", "tree_ids", "branch_ids")},
-        segments=attention_segments([0], [0], device),
-        **{name: to_device(nothing, device) for name in (
-            "rows", "row_ids", "labels", "response_ids")},
-        scores=to_device(torch.zeros(0), device), pairs=to_device(nothing.view(-1, 2), device))
+        input_ids=token, position_ids=token, tree_ids=token, branch_ids=token,
+        segments=attention_segments([0], [0], device), rows=nothing, row_ids=nothing,
+        labels=nothing, response_ids=nothing, scores=nothing.float(), pairs=nothing.view(-1, 2))
 
 
 class PrefixStream(NamedTuple):
@@ -354,7 +347,7 @@ def pack(trees: list[Tree], micro_tokens: int) -> list[list[Tree]]:
     return group_by_size(trees, lambda tree: tree.num_tokens, micro_tokens)
 
 
-def shard(trees: list[Tree], world_size: int) -> list[list[Tree]]:
+def deal(trees: list[Tree], world_size: int) -> list[list[Tree]]:
     """Deal trees to ranks, longest first, each to the rank with the fewest tokens so far."""
     shards, loads = [[] for _ in range(world_size)], [0] * world_size
     for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
@@ -366,6 +359,13 @@ def shard(trees: list[Tree], world_size: int) -> list[list[Tree]]:
 
 # ---- the order of the data ----------------------------------------------------------------------
 
+def derived_seed(seed: int, *numbers: int) -> int:
+    """A seed for each (seed, numbers): other epochs, steps or trees draw other numbers."""
+    for number in numbers:
+        seed = seed * 1_000_003 + number
+    return seed
+
+
 def epoch_batches(sizes: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices of the trees of every batch of one epoch: a pure function of its arguments.
 
@@ -373,7 +373,7 @@ def epoch_batches(sizes: list[int], batch_size: int, seed: int, epoch: int) -> l
     batch_size   the most a batch may count (a larger tree is a batch of its own)
     returns      every index exactly once, in an order shuffled by (seed, epoch)
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     order = torch.randperm(len(sizes), generator=generator).tolist()
     return group_by_size(order, lambda index: sizes[index], batch_size)
 

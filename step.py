@@ -39,7 +39,7 @@ class Method:
                          # per response or per pair; a reward model's (rewards [R], None, …)
     trains_on: str       # responses: "all", "positive", "negative", "pairs", or "anchors":
                          # negatives, each beside samples of the model itself
-    reference: str       # responses that need the reference: "all", "negative" (z < 1) or "none"
+    reference: str       # responses that need the reference: "all", "z < 1" or "none"
     reward_model: bool = False       # trains an adapter and a score head, not a policy
     mean_logps: bool = False         # takes length averages, whatever --reduction is
     log_z: str = "fixed"             # "running" or "mismatched": estimated, see training/log_z.py
@@ -112,8 +112,8 @@ def simpo(mean_logps: Tensor, reference_logps: Tensor, stream: Stream,
                       gamma=objective.gamma_beta_ratio * objective.beta)
 
 
-def d2o(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
-        objective: Objective) -> Tensor:
+def anchored(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
+             objective: Objective) -> Tensor:
     """Each tree is [negative, anchor 1 .. K], with K pairs."""
     num_trees = len(policy_logps) - len(stream.pairs)
     policy = policy_logps.view(num_trees, -1)                                    # [P, 1 + K]
@@ -124,19 +124,19 @@ def d2o(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
                     beta=objective.beta, alpha=objective.alpha)
 
 
-def reward_model(rewards: Tensor, _: None, stream: Stream, objective: Objective) -> Tensor:
+def paired_rewards(rewards: Tensor, _: None, stream: Stream, objective: Objective) -> Tensor:
     chosen_rewards, rejected_rewards = rewards[stream.pairs].T                   # [P] each
     return reward_model_loss(chosen_rewards, rejected_rewards)
 
 
-def scored_reward_model(rewards: Tensor, _: None, stream: Stream, objective: Objective,
-                        loss: Callable[..., Tensor]) -> Tensor:
+def scored_rewards(rewards: Tensor, _: None, stream: Stream, objective: Objective,
+                   loss: Callable[..., Tensor]) -> Tensor:
     return loss(rewards, stream.scores)
 
 
 METHODS = {
     # name             loss                                         trains on    reference
-    "ulma":          Method(partial(pointwise, loss=ulma_loss),          "all", "negative"),
+    "ulma":          Method(partial(pointwise, loss=ulma_loss),          "all", "z < 1"),
     "ulma_mse":      Method(partial(pointwise, loss=ulma_mse_loss),      "all", "all"),
     "pointwise_dpo": Method(partial(pointwise, loss=pointwise_dpo_loss), "all", "all"),
     "pointwise_mse": Method(partial(pointwise, loss=pointwise_mse_loss), "all", "all"),
@@ -152,21 +152,21 @@ METHODS = {
     "positive_dpo":  Method(partial(one_sided, loss=positive_dpo_loss), "positive", "all"),
     "unlearning":    Method(unlearning,                                "negative", "none"),
     "negative_dpo":  Method(partial(one_sided, loss=negative_dpo_loss), "negative", "all"),
-    "d2o":           Method(d2o,                                       "anchors", "all"),
+    "d2o":           Method(anchored,                                  "anchors", "all"),
     "unlikelihood":  Method(unlikelihood,                              "all", "none"),
-    "reward_model":  Method(reward_model, "pairs", "none", reward_model=True),
+    "reward_model":  Method(paired_rewards, "pairs", "none", reward_model=True),
     "pointwise_reward_model": Method(
-        partial(scored_reward_model, loss=pointwise_reward_model_loss), "all", "none",
+        partial(scored_rewards, loss=pointwise_reward_model_loss), "all", "none",
         reward_model=True),
     "mse_reward_model": Method(
-        partial(scored_reward_model, loss=mse_reward_model_loss), "all", "none",
+        partial(scored_rewards, loss=mse_reward_model_loss), "all", "none",
         reward_model=True),
 }
 
 
 def needs_reference(method: Method, score: float) -> bool:
     """Whether the loss of a response with this score asks for the reference's log-prob."""
-    return method.reference == "all" or (method.reference == "negative" and score < 1)
+    return method.reference == "all" or (method.reference == "z < 1" and score < 1)
 
 
 def check_fit(name: str, scores: Collection[float], has_pairs: bool,
@@ -227,7 +227,7 @@ def sequence_logps(model: Llama, stream: Stream, mean: bool = False,
 
 
 @torch.no_grad()
-def reference_logps(reference: Reference, trees: list[Tree], wanted: Callable[[float], bool],
+def tree_logps(reference: Reference, trees: list[Tree], wanted: Callable[[float], bool],
                     mean: bool, compute: Compute) -> list[list[float]]:
     """log π_ref(y | x) of every response of every tree, nats, to be cached; 0 where not wanted.
 
@@ -361,7 +361,7 @@ def metric_sums(policy: Tensor, reference_logps: Tensor | None, stream: Stream,
     else:
         rewards, logps, has_logps = objective.beta * (policy - reference_logps), policy, everywhere
         has_reward = everywhere if method.trains_on == "pairs" else {
-            "all": everywhere, "negative": stream.scores < 1,
+            "all": everywhere, "z < 1": stream.scores < 1,
             "none": ~everywhere}[method.reference]
     sums = []
     for values, mask in ((rewards, positive & has_reward), (rewards, ~positive & has_reward),

@@ -37,7 +37,7 @@ from kernels import choose_linear_logps
 from kernels.attention import choose_attention
 from lora import lora_disabled
 from model import Llama
-from packing import Stream, make_trees, pair_points, shard
+from packing import Stream, deal, derived_seed, make_trees, pair_points
 from step import (METHODS, METRICS, Compute, Method, Objective, Reference, batch_counts,
                   group_trees, loss_weights, metric_sums, micro_batches, scored_hidden,
                   stream_rewards)
@@ -122,10 +122,10 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
                                           step % args.refresh_anchors == 0)):
             trees = d2o.anchored_trees(anchors, step)
         batch = [trees[number] for number in batches[step]]
-        shares = shard(batch, ranks.world_size)
+        shares = deal(batch, ranks.world_size)
         passes = max(len(group_trees(share, objective.method, args.micro_tokens))
                      for share in shares) if args.fsdp else 0
-        torch.manual_seed(((args.seed * 1_000_003) + step) * 4099 + ranks.rank)      # dropout
+        torch.manual_seed(derived_seed(args.seed, step) * 4099 + ranks.rank)      # dropout
         totals = accumulate_gradient(
             model, setup.reference,
             show_progress(micro_batches(shares[ranks.rank], objective.method, compute, passes),

@@ -388,7 +388,6 @@ def linear_logps(policy_hidden: Tensor, reference_hidden: Tensor, weight: Tensor
                  policy_labels: Tensor, reference_labels: Tensor, chunk_rows: int | None = None,
                  entropy: bool = False, kl: bool = False) -> LinearLogps:
     """`linear_logps_torch`, on a GPU by the Triton kernel; ValueError there if it does not work."""
-    choose_linear_logps("auto", weight.device.type)              # raises if Triton does not work
-    logp_rows_ = logp_rows_triton_ if weight.is_cuda else logp_rows_torch_
-    return _linear_logps(logp_rows_, policy_hidden, reference_hidden, weight, policy_labels,
-                         reference_labels, chunk_rows, entropy, kl)
+    chosen = choose_linear_logps("auto", weight.device.type)
+    return chosen(policy_hidden, reference_hidden, weight, policy_labels, reference_labels,
+                  chunk_rows, entropy, kl)

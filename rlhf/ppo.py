@@ -46,15 +46,16 @@ from kernels import choose_linear_logps
 from kernels.attention import choose_attention
 from lora import add_lora, add_score_head, load_adapter, share_base
 from model import Llama
-from packing import Tree, build_stream, epoch_batches, pack, plan_batches, shard, truncate
+from packing import (Tree, build_stream, deal, derived_seed, epoch_batches, pack, plan_batches,
+                     truncate)
 from rlhf.flags import INHERITED, WORLD_FLAGS, build_parser, check_flags
 from rlhf.formulas import clipped_policy_loss, clipped_value_loss, gae, kl_penalised_rewards, whiten
 from rlhf.rollouts import (Rollout, batch_metrics, exchange, joined, sample_responses,
                            score_responses, token_values, true_rewards, world_rewards)
 from step import Compute, token_logps
 from tokenizer import Tokenizer, encode_dialogue
-from training.checkpoint import (RunFolder, base_name, load_run, read_run, resume, save_final,
-                                 save_or_stop, trainable, trained_template)
+from training.checkpoint import (RunFolder, base_name, is_reward_model, load_run, read_run, resume,
+                                 save_final, save_or_stop, trainable, trained_template)
 from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
 from training.ranks import (MAX_GRAD_NORM, Ranks, all_reduce_gradients_, clip_gradients_,
                             learning_rate, running)
@@ -90,7 +91,7 @@ class Clipping:
     vf_coef: float = 0.1             # weight of the value loss
 
 
-def accumulate_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens: int,
+def minibatch_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens: int,
                         clipping: Clipping, compute: Compute) -> Tensor:
     """Forward and backward of this rank's share of a minibatch; returns [loss, *UPDATE_METRICS].
 
@@ -129,8 +130,8 @@ def update(args: argparse.Namespace, models: ModuleDict, optimizer: Optimizer,
                                      step * args.num_ppo_epochs + epoch):
             minibatch = [rollouts[number] for number in numbers]
             num_tokens = sum(len(rollout.per_token_logps) for rollout in minibatch)
-            share = shard(minibatch, ranks.world_size)[ranks.rank]
-            totals = accumulate_gradient(models, share, num_tokens, clipping, compute)
+            share = deal(minibatch, ranks.world_size)[ranks.rank]
+            totals = minibatch_gradient(models, share, num_tokens, clipping, compute)
             totals = all_reduce_gradients_(
                 parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))
             grad_norm = clip_gradients_(parameters, MAX_GRAD_NORM, totals[0],
@@ -148,7 +149,7 @@ SHOWN = ("objective/scores", "objective/true_reward", "objective/kl", "policy/en
 
 
 @dataclass(frozen=True)
-class Setup:
+class PPOSetup:
     """A run, ready to start."""
     models: ModuleDict           # "policy" and "value"
     reward_model: Llama
@@ -158,7 +159,7 @@ class Setup:
     folder: RunFolder
 
 
-def train(args: argparse.Namespace, setup: Setup, compute: Compute, ranks: Ranks) -> None:
+def train(args: argparse.Namespace, setup: PPOSetup, compute: Compute, ranks: Ranks) -> None:
     """The loop: from the newest checkpoint (or the start) to the last step of the plan."""
     models, batches, eos_ids = setup.models, setup.batches, setup.tokenizer.eos_ids
     sampling = Sampling(args.max_new_tokens, eos_id=eos_ids, unused_ids=setup.tokenizer.unused_ids(
@@ -173,7 +174,7 @@ def train(args: argparse.Namespace, setup: Setup, compute: Compute, ranks: Ranks
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = [setup.prompts[number] for number in batches[step]]
-        seeds = row_seeds(args.seed * 1_000_003 + step, len(batch) * args.num_generations)
+        seeds = row_seeds(derived_seed(args.seed, step), len(batch) * args.num_generations)
         trees = sample_responses(models["policy"], [list(ids) for ids, _ in batch], seeds,
                                  sampling, ranks)
         rollouts = exchange(score_responses(
@@ -208,7 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     args = parser.parse_args(argv)
     run = read_run(args.reward_model)
-    if not run["method"].endswith("reward_model"):
+    if not is_reward_model(run):
         raise ValueError(f"--reward_model {args.reward_model} is a run of {run['method']}; "
                          "expected one of train.py --method …reward_model")
     defaults = {name: run[name] for name in INHERITED}
@@ -241,7 +242,7 @@ def tokenize_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Rank
     return found
 
 
-def set_up(args: argparse.Namespace, ranks: Ranks) -> Setup:
+def set_up(args: argparse.Namespace, ranks: Ranks) -> PPOSetup:
     """Read and check everything before anything is written.
 
     raises  ValueError or OSError, one sentence, for whatever does not fit
@@ -267,7 +268,7 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> Setup:
         print(f"{len(prompts)} distinct prompts; weights trained: "
               f"{sum(p.numel() for p in trainable(policy).values()):,} of the policy, "
               f"{sum(p.numel() for p in trainable(value).values()):,} of the value function")
-    return Setup(ModuleDict({"policy": policy, "value": value}), reward_model, prompts, batches,
+    return PPOSetup(ModuleDict({"policy": policy, "value": value}), reward_model, prompts, batches,
                  tokenizer, RunFolder(args.output_dir, base_name(args), args.save_steps))
 
 
@@ -281,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with own_output_dir(args.output_dir, flags, ranks):
             setup = set_up(args, ranks)
             # nothing is sampled yet: every prompt answers itself
-            trees = [Tree(ids, [ids], [0.0], []) for ids, _ in setup.prompts[:args.batch_size]]
+            trees = [Tree(list(ids), [list(ids)], [0.0], [])
+                     for ids, _ in setup.prompts[:args.batch_size]]
             flags |= checked(setup.models["policy"], trees, compute, ranks)
             if ranks.is_first:
                 claim_output_dir(args.output_dir, flags)

@@ -19,7 +19,7 @@ from intervals import wins
 from judge.score import reward_outcomes
 from model import Llama
 from packing import Tree, make_trees
-from step import Compute, reference_logps, tree_rewards
+from step import Compute, tree_logps, tree_rewards
 from tokenizer import Tokenizer, encode_dialogue
 
 MILD_PROMPTS = (
@@ -167,7 +167,7 @@ def make_pairs(records: list[Record], tokenizer: Tokenizer, max_length: int) -> 
 def all_logps(model: Llama, trees: list[Tree]) -> Tensor:
     """log π(y | x) of every response of trees, in order: [R] float64, nats."""
     compute = Compute(model.lm_head.weight.device)
-    found = reference_logps(partial(nullcontext, model), trees, lambda score: True, False, compute)
+    found = tree_logps(partial(nullcontext, model), trees, lambda score: True, False, compute)
     return torch.tensor([logp for row in found for logp in row], dtype=torch.float64)
 
 

@@ -24,7 +24,7 @@ from kernels import linear_logps
 from lora import lora_disabled
 from model import load_llama
 from packing import Tree, build_stream, one_negative_per_tree
-from step import Compute, reference_logps, sequence_logps
+from step import Compute, sequence_logps, tree_logps
 from tokenizer import Tokenizer
 from training.checkpoint import trainable
 from training.ranks import Ranks
@@ -178,7 +178,7 @@ def test_one_anchor_that_is_the_chosen_response_is_a_step_of_dpo_to_the_bit():
         model = make_model(torch.float32)
         reference = partial(lora_disabled, model)
         if name == "d2o":                  # packed as the step packs: the same matrix products
-            logps = reference_logps(reference, trees, lambda z: True, False, compute)
+            logps = tree_logps(reference, trees, lambda z: True, False, compute)
             trees_of = [replace(tree, reference_logps=row) for tree, row in zip(trees, logps)]
             reference = no_reference(model)
         else:

@@ -13,7 +13,7 @@ from files.config import Llama3Rope, LlamaConfig
 from kernels.attention import attention
 from model import Llama, RMSNorm, rotary_angles
 from packing import Tree, build_stream
-from step import Compute, reference_logps, sequence_logps
+from step import Compute, sequence_logps, tree_logps
 
 
 def stream_hidden(model, stream):
@@ -230,7 +230,7 @@ def test_policy_and_reference_each_use_their_own_head():
     examples = [(tree.prompt_ids, ids) for tree in trees for ids in tree.response_ids]
     logps = sequence_logps(policy, build_stream(trees)).detach()
     assert_close(logps, plain_logps(moved, GQA, examples), rtol=0, atol=1e-9)
-    cached = reference_logps(partial(nullcontext, reference), trees, lambda score: True, False,
+    cached = tree_logps(partial(nullcontext, reference), trees, lambda score: True, False,
                              Compute())
     assert_close(torch.tensor(sum(cached, []), dtype=torch.float64),
                  plain_logps(weights, GQA, examples), rtol=0, atol=1e-9)

@@ -6,9 +6,9 @@ import torch
 from attention_rule import whole_mask
 
 from data import Record
-from packing import (MAX_RESPONSES, Tree, build_stream, epoch_batches, idle_stream, make_trees,
-                     one_negative_per_tree, pack, pair_points, plan_batches, prefix_stream, shard,
-                     truncate)
+from packing import (MAX_RESPONSES, Tree, build_stream, deal, epoch_batches, idle_stream,
+                     make_trees, one_negative_per_tree, pack, pair_points, plan_batches,
+                     prefix_stream, truncate)
 from tokenizer import Tokenizer, encode_dialogue
 
 
@@ -320,14 +320,14 @@ def test_shards_deal_every_tree_to_one_rank_evenly():
     # own, so it must be a pure function of the batch.
     trees = random_trees(50, seed=2)
     for world_size in (1, 2, 3, 8, 64):
-        shards = shard(trees, world_size)
+        shards = deal(trees, world_size)
         assert len(shards) == world_size
         assert Counter(id(tree) for part in shards for tree in part) == Counter(map(id, trees))
         loads = [sum(tree.num_tokens for tree in part) for part in shards]
         assert max(loads) - min(loads) <= max(tree.num_tokens for tree in trees)
-        assert shard(trees, world_size) == shards
+        assert deal(trees, world_size) == shards
     trees = [Tree([1] * size, [[2]], [1.0], []) for size in (3, 3, 4, 10)]        # by hand: 10 | 10
-    assert [[tree.num_tokens for tree in part] for part in shard(trees, 2)] == [[10], [4, 3, 3]]
+    assert [[tree.num_tokens for tree in part] for part in deal(trees, 2)] == [[10], [4, 3, 3]]
 
 
 def test_an_epoch_has_every_index_once_in_batches_of_the_size_asked_for():

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import linear_logps
 from lora import lora_disabled, lora_layers
 from model import Llama
-from packing import Tree, build_stream, shard
+from packing import Tree, build_stream, deal
 from step import (METHODS, METRICS, Compute, Objective, batch_counts, micro_batches,
-                  reference_logps, scored_hidden, sequence_logps, token_logps, tree_rewards)
+                  scored_hidden, sequence_logps, token_logps, tree_logps, tree_rewards)
 from train import accumulate_gradient
 from training.checkpoint import trainable
 from ulma import response_logps
@@ -153,7 +153,7 @@ def test_shares_of_ranks_sum_to_the_whole_batch(world_size):
     # 20 ranks, 11 trees: some ranks have nothing to do
     trees = make_trees()
     loss, grad = gradient(trees, "ulma", reduction="class")
-    shares = shard(trees, world_size)
+    shares = deal(trees, world_size)
     other_loss, other_grad = gradient(trees, "ulma", shares, reduction="class")
     assert other_loss == pytest.approx(loss, rel=1e-9)
     torch.testing.assert_close(other_grad, grad, rtol=1e-9, atol=1e-9)
@@ -216,7 +216,7 @@ def test_log_probs_of_one_model_are_those_of_the_plain_implementation():
                                    expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(sequence_logps(reference, stream), expected, rtol=1e-9,
                                    atol=1e-9)
-    logps = reference_logps(partial(lora_disabled, model), trees, lambda score: score < 1, True,
+    logps = tree_logps(partial(lora_disabled, model), trees, lambda score: score < 1, True,
                             Compute(micro_tokens=40))
     assert [len(row) for row in logps] == [len(tree.scores) for tree in trees]
     lengths = torch.tensor([len(ids) for _, ids in examples], dtype=torch.float64)

@@ -53,12 +53,17 @@ def base_name(args: argparse.Namespace) -> str:
     return args.model_name_or_path + (f" + {args.sft_adapter}" if args.sft_adapter else "")
 
 
-def starts_from(adapter: str) -> str | None:
-    """The SFT adapter that the run which wrote the folder `adapter` started from, if it did."""
-    file = os.path.join(os.path.dirname(os.path.abspath(adapter)), "args.json")
+def flags_beside(final: str) -> dict | None:
+    """The flags of the run that wrote a folder such as RUN/final; None where no run did."""
+    file = os.path.join(os.path.dirname(os.path.abspath(final)), "args.json")
     if not os.path.isfile(file):
         return None
-    return read_json(file, {"sft_adapter": str | None}).get("sft_adapter")
+    return read_json(file, {"sft_adapter": str | None, "chat_template": str | None})
+
+
+def starts_from(adapter: str) -> str | None:
+    """The SFT adapter that the run which wrote the folder `adapter` started from, if it did."""
+    return (flags_beside(adapter) or {}).get("sft_adapter")
 
 
 def check_sft_adapter(adapter: str | None) -> None:
@@ -86,10 +91,10 @@ def check_order(adapters: list[str]) -> None:
 def trained_template(final: str) -> str | None:
     """The chat template, as Tokenizer takes it, that the model or adapter in a run's final/ was
     trained on; None for another folder."""
-    file = os.path.join(os.path.dirname(os.path.abspath(final)), "args.json")
-    if not os.path.isfile(file):
+    flags = flags_beside(final)
+    if flags is None:
         return None
-    name = read_json(file, {"chat_template": str | None}).get("chat_template") or "vicuna"
+    name = flags.get("chat_template") or "vicuna"
     return name if name == "vicuna" else os.path.join(final, "chat_template.jinja")
 
 
@@ -242,6 +247,11 @@ RUN_FLAGS = {"method": str, "model_name_or_path": str, "sft_adapter": str | None
              "lora_target_modules": list | None, "chat_template": str | None}
 
 
+def is_reward_model(flags: dict) -> bool:
+    """Whether a run with these flags trained a reward model."""
+    return flags["method"].endswith("reward_model")
+
+
 class FinishedRun(NamedTuple):
     """See `load_run`."""
     model: Llama
@@ -275,7 +285,7 @@ def load_run(path: str) -> FinishedRun:
     base = load_llama(flags["model_name_or_path"], dtype, device)
     if flags.get("sft_adapter"):
         start_from_adapter(base, flags["sft_adapter"], merge=flags["lora_r"] == 0)
-    if flags["method"].endswith("reward_model"):
+    if is_reward_model(flags):
         return FinishedRun(load_adapter(add_score_head(base), final).eval(), None, flags)
     if flags["lora_r"]:
         model = load_adapter(base, final).eval()

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from packing import Tree, mismatched_trees, shard
+from packing import Tree, deal, mismatched_trees
 from step import Compute, Objective, group_trees, micro_batches, sequence_logps
 from training.ranks import Ranks, gather
 from training.setup import Setup
@@ -51,7 +51,7 @@ class LogZ:
         Source: KTO, arXiv:2402.01306.
         """
         trees = mismatched_trees(batch, self.max_length)
-        shares = shard(trees, self.ranks.world_size)
+        shares = deal(trees, self.ranks.world_size)
         method, compute = self.objective.method, self.compute
         passes = max(len(group_trees(share, method, compute.micro_tokens))
                      for share in shares) if self.fsdp else 0

@@ -20,7 +20,7 @@ from files.cli import time_left
 from files.fingerprint import fingerprints
 from files.text import append_text, flush_to_disk, whole_lines, write_text
 from packing import group_by_size
-from step import Compute, Objective, Reference, needs_reference, reference_logps
+from step import Compute, Objective, Reference, needs_reference, tree_logps
 from training.ranks import Ranks, gather
 from training.token_cache import TokenTable
 
@@ -141,7 +141,7 @@ def cache_reference(output_dir: str, key: str, reference: Reference, trees: Toke
     wanted = partial(needs_reference, objective.method)
 
     def make_rows(batch: list[int]) -> list[dict]:
-        logps = reference_logps(reference, [trees[number] for number in batch], wanted,
+        logps = tree_logps(reference, [trees[number] for number in batch], wanted,
                                 objective.mean_logps, compute)
         return [{"tree": number, "reference_logps": row} for number, row in zip(batch, logps)]
 

@@ -19,9 +19,9 @@ from torch.testing import assert_close
 
 from files.cli import run_cli
 from model import load_llama, save_llama
-from packing import build_stream, shard
+from packing import build_stream, deal
 from rlhf import ppo
-from rlhf.ppo import (Clipping, accumulate_gradient, add_advantages, clipped_policy_loss,
+from rlhf.ppo import (Clipping, minibatch_gradient, add_advantages, clipped_policy_loss,
                       clipped_value_loss, gae, kl_penalised_rewards, whiten)
 from rlhf.rollouts import token_values
 from step import Compute
@@ -148,9 +148,9 @@ def gradient(shares, micro_tokens=8192):
         for p in trainable(models).values():
             p *= 1.5
     count = sum(len(rollout.per_token_logps) for rollout in rollouts)
-    totals = sum(accumulate_gradient(models, share, count, Clipping(0.01, 0.01, 0.1),
+    totals = sum(minibatch_gradient(models, share, count, Clipping(0.01, 0.01, 0.1),
                                      Compute(micro_tokens=micro_tokens))
-                 for share in shard(rollouts, shares))
+                 for share in deal(rollouts, shares))
     whole = torch.cat([p.grad.flatten() for p in trainable(models).values()])
     return totals, whole, (models, rollouts)
 
