@@ -224,9 +224,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))                       # [1, H, T, Dh]
     if isinstance(segments, BlockMask):
         flex = compiled_flex_attention() if q.is_cuda else flex_attention
-        # torch has another kernel for streams below 128 tokens: one kernel, the one that is checked
-        mixed = flex(q, k, v, block_mask=segments,
-                     kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
+        # torch has another kernel for fewer than 128 rows; all take the one that was checked
+        mixed = flex(q, k, v, block_mask=segments, kernel_options={"BACKEND": "TRITON"})
         return mixed[0].transpose(0, 1)                                          # [T, H, Dh]
     with exact_backends(q.device.type):
         if segments is None:
