@@ -14,7 +14,7 @@ from torch import Tensor
 from files.cli import show_progress
 from intervals import wins
 from model import Llama, linear
-from packing import Tree, build_stream, idle_stream, mismatched_trees, pack, shard
+from packing import Tree, build_stream, deal, idle_stream, mismatched_trees, pack
 from step import (Compute, Objective, Reference, feed_last_tokens, scored_hidden, stream_rewards)
 from training.ranks import Ranks, gather
 
@@ -51,7 +51,7 @@ def measure_group(model: Llama, reference: Reference | None, group: list[Tree],
                   compute: Compute) -> HeldOut:
     """The numbers of one micro-batch; of no tree, a pass that keeps ranks with --fsdp in step."""
     stream = (build_stream(group, compute.device, None, compute.attention) if group else
-              idle_stream(compute.device, compute.attention))
+              idle_stream(compute.device))
     num_responses, ids = len(stream.scores), stream.response_ids
     sums = torch.full((3, num_responses), math.nan, dtype=torch.float64, device=ids.device)
     if not hasattr(model, "score"):
@@ -87,7 +87,7 @@ def measure(model: Llama, reference: Reference | None, trees: list[Tree], comput
     """
     if hasattr(model, "score"):
         trees = feed_last_tokens(trees)
-    shares = [pack(share, compute.micro_tokens) for share in shard(trees, ranks.world_size)]
+    shares = [pack(share, compute.micro_tokens) for share in deal(trees, ranks.world_size)]
     groups, was_training = shares[ranks.rank], model.training
     if in_step:
         groups += [[]] * (max(map(len, shares)) - len(groups))
