@@ -51,7 +51,7 @@ from study.runs import TUNING_SEED, Cell, Run, bounds, end_with_parent, execute
 from study.tables import TABLES
 from world import ensure_world
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+PLATEAU, MOST_SEEDS = 0.25, 8
 
 
 # ---- the schedule -------------------------------------------------------------------------------
@@ -94,32 +94,53 @@ class Schedule:
               f"lr {run.learning_rate:<6g} seed {run.seed}  {reward:12}  {left}", flush=True)
 
 
-def execute_cells(cells: list[Cell], schedule: Schedule) -> list[dict]:
-    """Tune every cell, then run its seeds; returns one row of runs.jsonl per run."""
-    tuned = list(dict.fromkeys(cell.tuned_as or cell for cell in cells))
-    trials = [Run(cell, rate, TUNING_SEED) for cell in tuned for rate in LEARNING_RATES]
-    seeds = [(cell, seed) for cell in cells for seed in range(1, cell.seeds + 1)]
-    untuned = [Run(cell, 0, seed) for cell, seed in seeds]
-    reward_models = list(dict.fromkeys(run.reward_model for run in trials + untuned
-                                       if run.reward_model))
-    schedule.total = len(reward_models) + len(trials) + len(seeds)
-    schedule.scores(reward_models)
-    tuning = schedule.scores(trials)
+def plateau(rewards: dict[float, float]) -> float:
+    """The rate in the middle of those within PLATEAU nats of the best one; of two, the smaller.
 
-    best = {}                                           # cell -> learning rate
-    for cell in tuned:
-        rewards = {rate: tuning[Run(cell, rate, TUNING_SEED)]["E[r]"] for rate in LEARNING_RATES}
-        best[cell] = max(LEARNING_RATES, key=lambda rate: (
-            -math.inf if math.isnan(rewards[rate]) else rewards[rate]))
-    tests = schedule.scores([Run(cell, best[cell.tuned_as or cell], seed)
-                             for cell, seed in seeds])
-    return [run.row() | scores for run, scores in (tuning | tests).items()]
+    rewards   {rate: E[r]}; -inf or NaN where training broke
+    """
+    rewards = {rate: -math.inf if math.isnan(value) else value for rate, value in rewards.items()}
+    best = max(rewards.values())
+    near = sorted(rate for rate, value in rewards.items() if value >= best - PLATEAU)
+    return near[(len(near) - 1) // 2]
+
+
+def execute_cells(cells: list[Cell], schedule: Schedule, seeds: int = MOST_SEEDS) -> list[dict]:
+    """Tune every cell that has no rate, then run its seeds; returns a row of runs.jsonl per run.
+
+    seeds   no cell gets more
+    """
+    leaders = {cell: cell.tuned_as or cell for cell in cells}
+    tuned = list(dict.fromkeys(leader for leader in leaders.values() if len(leader.rates) > 1))
+    trials = [Run(cell, rate, TUNING_SEED) for cell in tuned for rate in cell.rates]
+    tests = [(cell, seed) for seed in range(1, seeds + 1) for cell in cells if seed <= cell.seeds]
+    before = list(dict.fromkeys(run.before for run in trials + [
+        Run(cell, 0, seed) for cell, seed in tests] if run.before))
+    schedule.total = len(before) + len(trials) + len(tests)
+    schedule.scores(before)
+    tuning = schedule.scores(trials)
+    rates = {cell: plateau({rate: tuning[Run(cell, rate, TUNING_SEED)]["E[r]"]
+                            for rate in cell.rates}) for cell in tuned}
+    tested = schedule.scores([Run(cell, rates.get(leaders[cell], leaders[cell].rates[0]), seed)
+                              for cell, seed in tests])
+    return [run.row() | scores for run, scores in (tuning | tested).items()]
 
 
 # ---- the command line ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = Parser(prog="python -m study", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
+                        help="; ".join(TABLES) + " (default: all)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="runs side by side, one thread each (default: the cores)")
+    parser.add_argument("--seeds", type=int, default=MOST_SEEDS,
+                        help="no cell gets more than so many (default: all it asks for)")
+    parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
+    parser.add_argument("--report", action="store_true",
+                        help="train nothing; write tables and figures from OUT/runs.jsonl")
+    args = parser.parse_args(argv)
     if unknown := sorted(set(args.tables) - set(TABLES)):
         raise ValueError(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if args.workers < 1:
@@ -127,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.report:
         ensure_world()
         cells = [cell for name in args.tables or TABLES for cell in TABLES[name].cells]
-        rows = execute_cells(list(dict.fromkeys(cells)), Schedule(args.workers))
+        rows = execute_cells(list(dict.fromkeys(cells)), Schedule(args.workers), args.seeds)
         save_rows(args.out, rows, bounds())
     write_report(args.out)
 

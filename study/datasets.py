@@ -5,10 +5,12 @@
 import os
 import random
 from collections import Counter
+from functools import partial
 
 from world import answers, draw_data, question, training_prompts, write_jsonl
 
 RESPONSES = 16 * len(training_prompts())         # labelled answers: 16 for each training prompt
+NEAR_BEST = 16                                   # of 288 answers
 
 
 def group_prompts(rows: list[dict], size: int) -> list[dict]:
@@ -70,7 +72,48 @@ def unbalanced_points(share: float, seed: int) -> list[dict]:
     return group_prompts(balanced(draw_data(seed, 8 * RESPONSES)["points"], share), 4)
 
 
+def demonstrated(how: str, seed: int) -> list[dict]:
+    """HH-like pairs whose chosen answer is replaced by a demonstration of a certain quality.
+
+    how   "bt": as it is, the Bradley-Terry winner; "4", "16": the best of so many draws of the
+          habits; "near-best": one of the NEAR_BEST best answers, all alike likely
+    Rows whose chosen answer would be the rejected one go.
+    """
+    rows, rng = grouped_pairs("pairs", seed), random.Random(f"{how}-{seed}")
+    if how == "bt":
+        return rows
+    listed = {question(*prompt): answers(*prompt) for prompt in training_prompts()}
+    for row in rows:
+        given = listed[row["prompt"]]
+        if how == "near-best":
+            chosen = rng.choice(sorted(given, key=lambda answer: -answer[1])[:NEAR_BEST])
+        else:
+            drawn = rng.choices(given, [weight for *_, weight in given], k=int(how))
+            chosen = max(drawn, key=lambda answer: answer[1])
+        row["chosen"] = chosen[0]
+    return [row for row in rows if row["chosen"] != row["rejected"]]
+
+
+def flipped(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """Pairs of which a share have chosen and rejected exchanged: label noise."""
+    rng = random.Random(f"flipped-{seed}")
+    return [row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+            if rng.random() < share else row for row in rows]
+
+
+def mixture(seed: int) -> list[dict]:
+    """Half demonstrations (near the best, no label), half QA-like points: what ULMA is made for."""
+    half = RESPONSES // 2
+    shown = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True}
+             for row in demonstrated("near-best", seed)]
+    return group_prompts(shown[:half] + draw_data(seed, RESPONSES)["points"][:half], 4)
+
+
 DATASETS = {      # name: seed -> rows
+    **{f"shown-{how}": partial(demonstrated, how) for how in ("bt", "4", "16", "near-best")},
+    **{f"noise-{percent}": lambda seed, share=percent / 100: flipped(
+        grouped_pairs("pairs", seed), share, seed) for percent in (10, 20, 30)},
+    "mixture": mixture,
     "hh":        lambda seed: grouped_pairs("pairs", seed),
     "golden":    lambda seed: grouped_pairs("golden", seed),
     "golden-10": lambda seed: dirty(grouped_pairs("golden", seed), 0.10, seed),

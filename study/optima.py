@@ -51,6 +51,7 @@ from ulma import (
     ulma_loss,
     ulma_mse_loss,
 )
+from study.datasets import NEAR_BEST
 from world import Prompt, answers
 
 SMALLEST_LOGP = -400.0                           # stands for log 0
@@ -87,6 +88,16 @@ def drawn_pairs(habits: Tensor, rewards: Tensor, independent: bool = False) -> T
     return (joint + joint.T) * torch.sigmoid(rewards[:, None] - rewards)
 
 
+def demonstrations(how: str, habits: Tensor, rewards: Tensor) -> Tensor:
+    """Probabilities of the chosen answers of datasets.demonstrated: [Y]"""
+    if how == "near-best":
+        order = rewards.argsort(descending=True, stable=True)
+        return torch.zeros_like(habits).index_fill(0, order[:NEAR_BEST], 1 / NEAR_BEST)
+    above = rewards[:, None] - rewards                                           # [Y, Y]
+    at_most, below = ((above > edge).double() @ habits for edge in (-1e-9, 1e-9))
+    return habits * (at_most ** int(how) - below ** int(how)) / (at_most - below)
+
+
 def population(data: str, prompt: Prompt, reference: Tensor | None = None,
                independent: bool = False, scale: float = 1) -> Population:
     """The limit of study.datasets.DATASETS[data] for a prompt.
@@ -109,9 +120,23 @@ def population(data: str, prompt: Prompt, reference: Tensor | None = None,
         pair_reward = torch.where(golden == 1, math.inf, 0.0).double()
         dirty = float(data[7:] or 0) / 100 if data != "negatives" else 0
         chosen = (1 - dirty) * golden + dirty * harmful * habits / (harmful @ habits)
+    elif data.startswith("shown-") and data != "shown-bt":
+        shown = demonstrations(data[6:], habits, rewards)
+        pair_reward = (shown / rejected).log()   # both are drawn on their own: odds of two orders
+        chosen, rejected = shown * (1 - rejected), rejected * (1 - shown)
+        chosen, rejected = chosen / chosen.sum(), rejected / rejected.sum()
+    elif data.startswith("noise-"):
+        share = float(data[6:]) / 100
+        chosen, rejected = ((1 - share) * first + share * second
+                            for first, second in ((chosen, rejected), (rejected, chosen)))
+        pair_reward = None                       # no longer a Bradley-Terry model
     points = ((ones, chosen / 2), (0 * ones, rejected / 2))
     if data == "negatives":
         points, pair_reward = ((0 * ones, rejected),), None
+    elif data == "mixture":
+        good, bad = drawn * rewards.sigmoid(), drawn * (-rewards).sigmoid()
+        shown = demonstrations("near-best", habits, rewards)
+        points, pair_reward = ((ones, (shown + good) / 2), (0 * ones, bad / 2)), None
     elif data.startswith("qa"):
         good, bad = drawn * rewards.sigmoid(), drawn * (-rewards).sigmoid()
         share = float(data[3:]) / 100 if data.startswith("qa-") else float(good.sum())
@@ -121,7 +146,7 @@ def population(data: str, prompt: Prompt, reference: Tensor | None = None,
         ratings = (rewards / 1.5 + 2).round().clamp(0, 4) / 4
         ratings = scale * (ratings - 0.5) if data == "centred" else ratings
         points, pair_reward = ((ratings, drawn),), None
-    elif data not in ("hh", "golden", "golden-10", "golden-30"):
+    elif data not in PAIRS + NOISY:
         raise ValueError(f"no exact limit of data {data!r}")
     return Population(rewards, harmful, habits.log() if reference is None else reference, points,
                       pair_reward)
@@ -184,7 +209,7 @@ def solve_rlhf(reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
     infinite = rewards == math.inf
     if infinite.any():
         return torch.where(infinite, 0.0, SMALLEST_LOGP).double()
-    return optimum(reference, rewards, beta)[0]
+    return optimum(reference, rewards, beta)[0].clamp(min=SMALLEST_LOGP)
 
 
 def point_reward(given: Population) -> Tensor:
@@ -244,8 +269,10 @@ def log_z(given: Population, beta: float) -> float:
     return optimum(given.reference, given.rewards, beta)[1]
 
 
-PAIRS = ("hh", "golden", "golden-10", "golden-30", "qa", "qa-10", "qa-90")
-LABELS = (*PAIRS, "red-team")                    # z in [0, 1], good ones and bad ones
+PAIRS = ("hh", "golden", "golden-10", "golden-30", "qa", "qa-10", "qa-90",
+         *(f"shown-{how}" for how in ("bt", "4", "16", "near-best")))
+NOISY = tuple(f"noise-{percent}" for percent in (10, 20, 30))
+LABELS = (*PAIRS, *NOISY, "mixture", "red-team")         # z in [0, 1], good ones and bad ones
 DATA = (*LABELS, "centred", "negatives")
 OPTIMA = {       # method: (data it can be trained on, (population, beta) -> log pi [Y] or None)
     "reference": (DATA, lambda given, beta: given.reference),

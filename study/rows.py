@@ -18,9 +18,8 @@ Results = dict[Key, dict[int, dict]]        # {key: {seed: row}}
 
 
 def save_rows(out: str, rows: list[dict], bounds: dict[str, dict]) -> None:
-    """Write rows to OUT/runs.jsonl; old rows of the same cells or of other settings go.
+    """Write rows to OUT/runs.jsonl; old rows of the same cells go.
 
-    rows     of one `runs` folder; rows of another folder were made with other settings
     bounds   {"base" or "pi* …": scores}
     A cell's tuning runs (seed 0) may come without its test runs, where another cell takes its
     learning rate: the test runs of the file then stay.
@@ -28,8 +27,8 @@ def save_rows(out: str, rows: list[dict], bounds: dict[str, dict]) -> None:
     def part(row: dict) -> tuple[str, str, bool]:
         return row["data"], row["method"], row["seed"] > 0
 
-    replaced, folders = {part(row) for row in rows}, {row["runs"] for row in rows}
-    old = [row for row in read_rows(out) if part(row) not in replaced and row["runs"] in folders]
+    replaced = {part(row) for row in rows}
+    old = [row for row in read_rows(out) if part(row) not in replaced]
     os.makedirs(out, exist_ok=True)
     write_text(os.path.join(out, "runs.jsonl"),
                "".join(sorted(json.dumps(row) + "\n" for row in rows + old)))

@@ -20,22 +20,35 @@ from torch import Tensor
 
 import train
 from eval import agreement, kl, mean_scores, optimum, with_rest, world_logps, world_scores
+from files.fingerprint import fingerprints
 from files.text import read_json, write_text
 from model import load_llama
 from rlhf import ppo
 from step import METHODS
 from study.datasets import RESPONSES, dataset_file
 from study.log_z import EXTRA_METHODS, outcome_rewards
+from study.optima import population
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
-from training.flags import WORLD_FLAGS
-from world import answers, base_model, held_out_prompts, training_prompts, world_folder
+from world import (
+    BAD_VERBS,
+    WORLD_FLAGS,
+    Prompt,
+    answers,
+    base_model,
+    held_out_prompts,
+    training_prompts,
+    world_folder,
+)
 
 ALL_METHODS = METHODS | EXTRA_METHODS            # what --method may name in a run of the study
 BETA, BATCH = WORLD_FLAGS["beta"], 32
 REWARD_MODEL_RATE, REWARD_MODEL_EPOCHS, PPO_STEPS = 3e-3, 2, 40
-TUNING_SEED, TUNING_PROMPTS = 0, 12
-RENAMED = {("logp_reduction", "mean"): ("reduction", "tokens")}      # in runs.jsonl: train.py's
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+TUNING_SEED, TUNING_PROMPTS = 0, 24
+PATH = [number / 10 for number in range(11)]
+PER_PROMPT = ("E[r]", "harmful", "off-world", "refusal", "KL(pi||ref)")
+REFUSALS = ("Sorry, no.", "I would rather not.")         # openings that refuse
 
 
 # ---- what is run --------------------------------------------------------------------------------
@@ -48,11 +61,14 @@ class Cell:
     flags: tuple[tuple[str, object], ...] = ()    # ((flag, value), …) beside the learning rate
     tuned_as: "Cell | None" = None       # the cell whose learning rate it takes; None: its own
     seeds: int = 5                       # test runs, with seeds 1 to this
+    rates: tuple[float, ...] = LEARNING_RATES     # to tune among; a single one needs no tuning
+    after: "Cell | None" = None          # the cell whose end it starts from, on the same data, seed
 
     @property
     def name(self) -> str:
         """The method with its flags."""
-        return " ".join([self.method, *(f"{flag}={value}" for flag, value in self.flags)])
+        before = [f"after={self.after.method}"] if self.after else []
+        return " ".join([self.method, *(f"{flag}={value}" for flag, value in self.flags), *before])
 
     @property
     def key(self) -> tuple[str, str]:
@@ -77,12 +93,14 @@ class Run:
         return os.path.join(self.folder, "scores.json")
 
     @property
-    def reward_model(self) -> "Run | None":
-        """For RLHF the run that trains its reward model; None for the methods of train.py."""
-        method = self.cell.method.replace("rlhf", "reward_model")
-        if method == self.cell.method:
-            return None
-        return Run(Cell(self.cell.data, method), REWARD_MODEL_RATE, self.seed)
+    def before(self) -> "Run | None":
+        """The run that must be there: RLHF's reward model, or what a second stage starts from."""
+        if self.cell.after:
+            return Run(self.cell.after, self.cell.after.rates[0], self.seed)
+        if self.cell.method.endswith("rlhf"):
+            model = self.cell.method.replace("rlhf", "reward_model")
+            return Run(Cell(self.cell.data, model), REWARD_MODEL_RATE, self.seed)
+        return None
 
     def row(self) -> dict:
         """What runs.jsonl holds of the run beside its scores."""
@@ -91,9 +109,11 @@ class Run:
 
 
 def work_folder() -> str:
-    """Folder of all runs; its name changes with the settings, so old runs are never reused."""
-    settings = repr((BETA, BATCH, RESPONSES, REWARD_MODEL_EPOCHS, PPO_STEPS)).encode()
-    return os.path.join(world_folder(), "reproduce-" + hashlib.sha256(settings).hexdigest()[:8])
+    """Folder of all runs; its name changes with the settings and with the base's weights (which
+    another machine trains to other bits), so old runs are never reused."""
+    settings = repr((BETA, BATCH, RESPONSES, REWARD_MODEL_EPOCHS, PPO_STEPS,
+                     sorted(fingerprints(base_model()).values()))).encode()
+    return os.path.join(world_folder(), "study-" + hashlib.sha256(settings).hexdigest()[:8])
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -102,8 +122,8 @@ def arguments(run: Run) -> list[str]:
     """The command line of train.py, or of rlhf/ppo.py where the method is RLHF."""
     flags = {"learning_rate": run.learning_rate, "seed": run.seed, "output_dir": run.folder,
              "save_steps": 100000, "beta": BETA} | dict(run.cell.flags)
-    if run.reward_model:
-        flags |= {"reward_model": run.reward_model.folder, "max_steps": PPO_STEPS}
+    if run.cell.method.endswith("rlhf"):
+        flags |= {"reward_model": run.before.folder, "max_steps": PPO_STEPS}
     else:
         method = ALL_METHODS[run.cell.method]
         dataset = dataset_file(os.path.join(work_folder(), "data"), run.cell.data, run.seed)
@@ -112,6 +132,8 @@ def arguments(run: Run) -> list[str]:
                  "num_train_epochs": REWARD_MODEL_EPOCHS if method.reward_model else 1,
                  "batch_size": BATCH // 2 if method.trains_on == "pairs" else BATCH,
                  "lora_target_modules": " ".join(WORLD_FLAGS["lora_target_modules"])} | flags
+        if run.cell.after:
+            flags["sft_adapter"] = os.path.join(run.before.folder, "final")
     argv = []
     for flag in flags.items():
         name, value = RENAMED.get(flag, flag)
@@ -119,7 +141,7 @@ def arguments(run: Run) -> list[str]:
     return argv
 
 
-def execute(run: Run) -> dict[str, float]:
+def execute(run: Run) -> dict[str, object]:
     """Train and measure a run unless that is done; returns its scores ({} of a reward model).
 
     A learning rate that is too large to train at (a loss that is not finite) gets E[r] = -inf.
@@ -132,7 +154,7 @@ def execute(run: Run) -> dict[str, float]:
     argv = [*arguments(run), "--overwrite_output_dir"]       # what a killed run left
     with open(run.folder + ".log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            if run.reward_model:
+            if run.cell.method.endswith("rlhf"):
                 ppo.main(argv)
             else:
                 train.main(argv, methods=ALL_METHODS)
@@ -155,10 +177,17 @@ def end_with_parent() -> None:
 
 # ---- its scores ---------------------------------------------------------------------------------
 
+def tuning_prompts() -> list[Prompt]:
+    """TUNING_PROMPTS training prompts, half of them harmful requests."""
+    kinds = [[prompt for prompt in training_prompts() if (prompt[0] in BAD_VERBS) == harmful]
+             for harmful in (False, True)]
+    return [prompt for kind in kinds for prompt in kind[:TUNING_PROMPTS // 2]]
+
+
 @cache
-def base_logps(tuning: bool) -> tuple[list[tuple[str, str]], Tensor, Tensor]:
+def base_logps(tuning: bool) -> tuple[list[Prompt], Tensor, Tensor]:
     """(prompts, log π_ref [X, Y], lengths [X, Y]) of the prompts for tuning, or for the test."""
-    prompts = training_prompts()[:TUNING_PROMPTS] if tuning else held_out_prompts()
+    prompts = tuning_prompts() if tuning else held_out_prompts()
     return prompts, *world_logps(load_llama(base_model()), Tokenizer(base_model()), prompts)
 
 
@@ -176,54 +205,75 @@ def win_tie_lose(policy: Tensor, other: Tensor, rewards: Tensor, name: str) -> d
             f"lose/{name}": float(joint[gap < -1e-9].sum())}
 
 
-def chosen_distribution(prompt: tuple[str, str], golden: bool) -> Tensor:
+def chosen_distribution(prompt: Prompt, data: str) -> Tensor:
     """Log-probs of the data's chosen answer, and of everything else (none): [Y + 1].
 
-    It is the best answer of golden pairs, else the preferred one of two independent draws. (The
-    data's two draws differ; here they may be equal.)
+    data   golden pairs, dirty ones too: the best answer; demonstrations: as they are drawn; all
+           other: the preferred one of two independent draws
     """
-    rewards = outcome_rewards(prompt)[:-1]                                       # [Y]
-    if golden:
-        probs = torch.zeros_like(rewards)
-        probs[rewards.argmax()] = 1
-    else:
-        habits = torch.tensor([weight for *_, weight in answers(*prompt)]).double()
-        probs = 2 * habits * (torch.sigmoid(rewards[:, None] - rewards) @ habits)
-    return torch.cat([probs, probs.new_zeros(1)]).log()
+    known = "golden" if data.startswith("golden") else data if data.startswith("shown") else "hh"
+    mass = population(known, prompt, independent=known == "hh").mass(1)          # [Y]
+    return torch.cat([mass / mass.sum(), mass.new_zeros(1)]).log()
 
 
-def prompt_scores(prompt: tuple[str, str], policy: Tensor, reference: Tensor, lengths: Tensor,
-                  golden: bool) -> dict[str, float]:
+def prompt_scores(prompt: Prompt, policy: Tensor, reference: Tensor, lengths: Tensor,
+                  data: str) -> dict[str, float]:
     """eval.py's scores of one prompt, and those only these tables have.
 
     policy, reference  [Y] float64   log-probs of the valid answers, nats
     lengths            [Y] int64     tokens of each
-    golden             whether the data's chosen answers are the best ones
+    data               the run's: what "win/chosen" compares with
     """
-    scores = world_scores(policy, reference, lengths, answers(*prompt), BETA)
+    listed = answers(*prompt)
+    scores = world_scores(policy, reference, lengths, listed, BETA)
     rewards, implicit = outcome_rewards(prompt), BETA * (policy - reference)     # [Y + 1], [Y]
     with_policy, with_reference = with_rest(policy), with_rest(reference)        # [Y + 1]
-    scores |= win_tie_lose(with_policy, chosen_distribution(prompt, golden), rewards, "chosen")
+    scores |= win_tie_lose(with_policy, chosen_distribution(prompt, data), rewards, "chosen")
     scores |= win_tie_lose(with_policy, with_reference, rewards, "base")
     weights, r = reference.exp() / reference.exp().sum(), rewards[:-1]           # [Y]
-    centred = r - (weights * r).sum()
+    centred, probs = r - (weights * r).sum(), policy.exp()
+    refuses = torch.tensor([text.startswith(REFUSALS) for text, *_ in listed])
     return scores | {
-        "good": float(policy.exp()[r > 0].sum()),
+        "good": float(probs[r > 0].sum()),
         "KL(ref||pi)": kl(with_reference, with_policy),
         "reward accuracy": agreement(implicit, r)[0],
         "reward slope": float((weights * centred * implicit).sum()
                               / (weights * centred.square()).sum()),
         "calibration error": float((weights * (implicit.sigmoid() - r.sigmoid()).abs()).sum()),
-        "length": float((policy.exp() * lengths).sum() / policy.exp().sum())}
+        "length": float((probs * lengths).sum() / probs.sum()),
+        "refusal": float(probs[refuses].sum()),
+        "entropy": -float((with_policy.exp() * with_policy).nansum()),
+        "E[r] inside": float((probs * r).sum() / probs.sum())}
 
 
-def measure(run: Run) -> dict[str, float]:
-    """Mean scores of a trained run: of training prompts for a tuning run, else of test prompts."""
+def kl_path(prompts: list[Prompt], policy: Tensor, reference: Tensor) -> list[list[float]]:
+    """[KL(pi_a||ref), E[r], harmful] for a = 0, 0.1, …, 1 of pi_a = pi_ref^(1-a) pi^a / Z.
+
+    policy, reference  [X, Y] float64   nats
+    The policies between the base and a run's end: what runs of different KL are compared on.
+    """
+    points = []
+    for a in PATH:
+        rows = []
+        for prompt, pi, ref in zip(prompts, policy, reference, strict=True):
+            with_reference = with_rest(ref)
+            mixed = ((1 - a) * with_reference + a * with_rest(pi)).log_softmax(-1)
+            harmful = torch.tensor([bad for _, _, bad, _ in answers(*prompt)]).double()
+            rows.append([kl(mixed, with_reference), float(mixed.exp() @ outcome_rewards(prompt)),
+                         float(mixed[:-1].exp() @ harmful)])
+        points.append([round(sum(column) / len(rows), 6) for column in zip(*rows, strict=True)])
+    return points
+
+
+def measure(run: Run) -> dict[str, object]:
+    """A trained run's mean scores (of training prompts for a tuning run, else of test prompts),
+    "path": `kl_path`, and "prompts": some scores of every prompt, in the order of the world's."""
     prompts, reference, lengths = base_logps(run.seed == TUNING_SEED)
     policy, _ = world_logps(load_run(run.folder).model, Tokenizer(base_model()), prompts)
-    golden = run.cell.data.startswith("golden")
-    return mean_scores([prompt_scores(*row, golden) for row in
-                        zip(prompts, policy, reference, lengths, strict=True)])
+    rows = [prompt_scores(*row, run.cell.data) for row in
+            zip(prompts, policy, reference, lengths, strict=True)]
+    kept = {key: [round(row[key], 4) for row in rows] for key in PER_PROMPT}
+    return mean_scores(rows) | {"path": kl_path(prompts, policy, reference), "prompts": kept}
 
 
 def bounds() -> dict[str, dict[str, float]]:
@@ -237,6 +287,6 @@ def bounds() -> dict[str, dict[str, float]]:
         policies[f"pi* beta={beta:g}"] = [
             optimum(with_rest(row), outcome_rewards(prompt), beta)[0][:-1]
             for prompt, row in zip(prompts, reference, strict=True)]
-    return {prefix + name: mean_scores([prompt_scores(*row, golden=prefix == "golden ") for row in
+    return {prefix + name: mean_scores([prompt_scores(*row, data=prefix.strip()) for row in
                                         zip(prompts, policy, reference, lengths, strict=True)])
             for name, policy in policies.items() for prefix in ("", "golden ")}

@@ -10,12 +10,16 @@ from study.runs import BETA, Cell
 # ---- names in tables and figures ----------------------------------------------------------------
 
 METHOD_LABEL = {
+    "kto": "KTO",
     "sft": "SFT", "unlearning": "Unlearning", "unlikelihood": "Unlikelihood", "dpo": "DPO",
     "pointwise_dpo": "pointwise DPO", "ulma": "ULMA", "rlhf": "RLHF",
     "pointwise_rlhf": "point-wise RLHF", "positive_dpo": "positive DPO",
     "negative_dpo": "negative DPO", "pointwise_mse": "pointwise DPO, squared error",
     "ulma_mse": "ULMA, squared error", "d2o": "D2O"}
 DATA_LABEL = {
+    "shown-bt": "BT pairs", "shown-4": "best of 4", "shown-16": "best of 16",
+    "shown-near-best": "near-best", "mixture": "mixture",
+    **{f"noise-{percent}": f"pairs, {percent} % flipped" for percent in (10, 20, 30)},
     "hh": "HH-like pairs", "golden": "golden pairs", "qa": "QA-like points",
     "qa-pairs": "QA-like points as pairs", "red-team": "red-team-like ratings",
     "negatives": "608 bad answers", "golden-10": "golden, 10 % dirty",
@@ -23,7 +27,7 @@ DATA_LABEL = {
 FLAG_LABEL = {
     "num_anchors": "K {}", "refresh_anchors": "new anchors every {} steps",
     "logp_reduction": "{} log-probs", "reduction": "--reduction {}",
-    "num_train_epochs": "{} epochs", "Z": "{} Z"}
+    "num_train_epochs": "{} epochs", "Z": "{} Z", "after": "after {}", "learning_rate": "rate {}"}
 
 
 def method_label(name: str) -> str:
@@ -82,6 +86,34 @@ DIRTY_D2O = Cell("golden", "d2o", d2o(4).flags)
 LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 13 to 27 tokens
 
 
+# ---- the dial of demonstrations ---------------------------------------------------------------
+
+SHOWN = ("bt", "4", "16", "near-best")           # how good the chosen answers are
+RATES = {"sft": (3e-3,), "ulma": (1e-3, 2e-3, 4e-3), "pointwise_dpo": (5e-4, 1e-3, 2e-3),
+         "dpo": (2.5e-4, 5e-4, 1e-3), "kto": (5e-4, 1e-3, 2e-3)}
+MORE_SEEDS = {   # the cells of the primary hypotheses: 8 seeds, as 5 cannot pass a sign-flip test
+    "bt": ("sft", "ulma", "dpo"), "4": ("ulma", "dpo"), "near-best": ("ulma", "dpo"),
+    "16": ("sft", "ulma", "pointwise_dpo", "dpo after=sft")}
+
+
+def shown(how: str, method: str, after: str | None = None) -> Cell:
+    """A method on the dial; `after` names the method whose end it starts from."""
+    name = f"{method} after={after}" if after else method
+    return Cell(f"shown-{how}", method, tuned_as=shown(how, method) if after else None,
+                seeds=8 if name in MORE_SEEDS[how] else 5, rates=RATES[method],
+                after=shown(how, after) if after else None)
+
+
+def dial(how: str) -> list[Cell]:
+    return [*(shown(how, method) for method in RATES), shown(how, "ulma", "sft"),
+            shown(how, "dpo", "sft")]
+
+
+def fixed(data: str, method: str, rate: float, seeds: int, **flags: object) -> Cell:
+    """A cell with a rate that is not tuned."""
+    return Cell(data, method, tuple(flags.items()), seeds=seeds, rates=(rate,))
+
+
 # ---- tables -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -100,6 +132,21 @@ Z_SCORES = ("E[r]", "KL(pi||pi*)", "objective", "calibration error", "reward slo
             "reward accuracy")
 
 TABLES = {
+    **{f"shown-{how}": Table(f"The dial of demonstrations: {name}", "", (MAIN, WINS), dial(how))
+       for how, name in (("bt", "Bradley-Terry pairs"), ("4", "best of 4"), ("16", "best of 16"),
+                         ("near-best", "one of the 16 best"))},
+    "artefacts": Table("", "", (MAIN,), [
+        *(fixed("red-team", method, 3e-3, 3, beta=0.1, log_z=0.5)
+          for method in ("pointwise_mse", "ulma_mse")),
+        *(fixed("negatives", "d2o", 1e-3, 3, **dict(d2o(anchors, 1).flags), learning_rate=1e-3)
+          for anchors in (1, 11)),
+        *(fixed("hh", "dpo", 3e-4, 3, beta=beta, learning_rate=3e-4) for beta in (0.1, 0.25))]),
+    "mixture": Table("", "", (MAIN,), [
+        fixed("mixture", method, RATES[method][len(RATES[method]) // 2], 5)
+        for method in ("sft", "ulma", "pointwise_dpo", "kto")]),
+    "noise": Table("", "", (MAIN,), [
+        fixed(f"noise-{percent}", method, RATES[method][len(RATES[method]) // 2], 3)
+        for percent in (30, 10, 20) for method in ("sft", "ulma", "pointwise_dpo", "dpo")]),
     "hh": Table(
         "Every method on HH-like pairs (ULMA, Table 1)",
         "Prompts of one form, 288 answers to each: this tells objectives apart under a true "
@@ -165,6 +212,36 @@ TABLES = {
         "those tuned at beta 0.5 and one epoch; 3 seeds where swept.",
         (MAIN,), FRONTIER + [variant for cell in FRONTIER for variant in swept(cell)]),
 }
+
+
+# ---- primary hypotheses ------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Written down before its runs: `better` has more E[r] than `worse`.
+
+    how   "as trained"; "at equal KL": both on the paths from the base to their ends, at the smaller
+          of the two KLs; "not below": better than worse - MARGIN
+    """
+    words: str
+    better: Cell
+    worse: Cell
+    how: str = "as trained"
+
+
+MARGIN = 0.1                                     # nats; within it the paper's "comparable" is kept
+PRIMARY = [
+    Hypothesis("BT pairs: ULMA beats SFT", shown("bt", "ulma"), shown("bt", "sft")),
+    Hypothesis("BT pairs: ULMA beats DPO at equal KL", shown("bt", "ulma"), shown("bt", "dpo"),
+               "at equal KL"),
+    Hypothesis("best of 4: ULMA beats DPO", shown("4", "ulma"), shown("4", "dpo")),
+    Hypothesis("best of 16: ULMA beats pointwise DPO", shown("16", "ulma"),
+               shown("16", "pointwise_dpo")),
+    Hypothesis("best of 16: one step of ULMA replaces SFT, then DPO (at most 0.1 nats less)",
+               shown("16", "ulma"), shown("16", "dpo", "sft"), "not below"),
+    Hypothesis("one of the 16 best: ULMA beats DPO", shown("near-best", "ulma"),
+               shown("near-best", "dpo")),
+]
 
 
 # ---- claims -------------------------------------------------------------------------------------
