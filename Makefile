@@ -46,8 +46,8 @@ MINUTES ?= 30
 soak: .venv/ready
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
-# The papers' claims on the embedded world: every table and figure of results/. TABLES="hh d2o" makes
-# some of them; what was run before is not run again.
+# The papers' claims on the embedded world: every table and figure of results/, exact optima too.
+# TABLES="hh d2o" makes some of them; what was run before is not run again.
 reproduce: .venv/ready
 	@echo "installing matplotlib"
 	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib==3.11.2

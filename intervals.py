@@ -72,10 +72,9 @@ def length_controlled_wins(outcomes: Tensor, lengths: Tensor, other_lengths: Ten
     return float(torch.sigmoid(weights[0]))
 
 
-def t_quantile(degrees: int) -> float:
-    """t with P(|T| < t) = 0.95 for Student's T: 12.706 at 1 degree of freedom, 1.960 in the limit.
+def t_probability(t: float, degrees: int) -> float:
+    """P(|T| < t) of Student's T; t >= 0, degrees >= 1.
 
-    degrees  >= 1
     With t = sqrt(degrees) tan θ, P is I_m(θ) / I_m(π/2), where m = degrees - 1 and
     I_m(θ) = ∫_0^θ cos^m = cos^(m-1) θ sin θ / m + (m - 1)/m I_(m-2)(θ).
     Source: Abramowitz and Stegun 26.7.3, 26.7.4.
@@ -86,13 +85,16 @@ def t_quantile(degrees: int) -> float:
             total = (math.cos(theta)**(m - 1) * math.sin(theta) + (m - 1) * total) / m
         return total
 
+    return integral(math.atan(t / math.sqrt(degrees))) / integral(math.pi / 2)
+
+
+def t_quantile(degrees: int) -> float:
+    """t with P(|T| < t) = 0.95: 12.706 at 1 degree of freedom, 1.960 in the limit."""
     low, high = 0.0, math.pi / 2                                                 # bisection
     for _ in range(60):
         middle = (low + high) / 2
-        if integral(middle) < 0.95 * integral(math.pi / 2):
-            low = middle
-        else:
-            high = middle
+        inside = t_probability(math.sqrt(degrees) * math.tan(middle), degrees) < 0.95
+        low, high = (middle, high) if inside else (low, middle)
     return math.sqrt(degrees) * math.tan(low)
 
 

@@ -1,15 +1,18 @@
 """Every method of both papers on the embedded world: the papers' claims as hypotheses.
 
-    python -m study                  all tables (make reproduce); about three hours on two cores
-    python -m study ablation d2o     some of them, each under half an hour
+    python -m study                  all tables (make reproduce); some three hours on two idle cores
+    python -m study dial d2o         some of them, each under 40 minutes
     python -m study --report         train nothing, write results/ from results/runs.jsonl
+    python -m study.exact            what each objective wants, without any run
 
 1. Data of every shape is drawn from the world, anew for every seed (datasets.py).
-2. A *cell* is a method on data (tables.py). Its learning rate is tuned: one run of seed 0 for each
-   of LEARNING_RATES; the best E[r] on 12 training prompts wins. Test prompts are not used.
-3. With that rate it is trained with seeds 1 to 5, and measured on 40 prompts that no objective
+2. A *cell* is a method on data (tables.py). Where it has several learning rates it is tuned: one
+   run of seed 0 for each, E[r] on 24 training prompts, half of them harmful requests, and the
+   middle of the plateau (`plateau`). Test prompts are not used.
+3. With that rate it is trained with seeds 1, 2, …, and measured on 40 prompts that no objective
    trained on (the base did): exactly, over all valid answers (runs.py).
-4. report.py compares cells seed by seed, and writes tables, figures and verdicts.
+4. report.py compares cells seed by seed (claims.py, statistics.py), and writes tables, figures and
+   verdicts; exact.py the optima.
 
 A finished run is not trained again: stop this and start it as often as you like.
 """
@@ -22,14 +25,17 @@ import os
 
 from files.cli import Parser, parse_first, run_cli, time_left
 
+MOST_SEEDS = 8
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
                         help="of study/tables.py (default: all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="runs side by side, one thread each (default: the cores)")
+    parser.add_argument("--seeds", type=int, default=MOST_SEEDS,
+                        help="no cell gets more than so many (default: all it asks for)")
     parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
     parser.add_argument("--report", action="store_true",
                         help="train nothing; write tables and figures from OUT/runs.jsonl")
@@ -45,13 +51,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
+from study import exact
 from study.report import write_report
 from study.rows import save_rows
 from study.runs import TUNING_SEED, Cell, Run, bounds, end_with_parent, execute
 from study.tables import TABLES
 from world import ensure_world
 
-PLATEAU, MOST_SEEDS = 0.25, 8
+PLATEAU = 0.25                                   # nats below the best tuning run
 
 
 # ---- the schedule -------------------------------------------------------------------------------
@@ -129,28 +136,19 @@ def execute_cells(cells: list[Cell], schedule: Schedule, seeds: int = MOST_SEEDS
 # ---- the command line ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", default=[],
-                        help="; ".join(TABLES) + " (default: all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="runs side by side, one thread each (default: the cores)")
-    parser.add_argument("--seeds", type=int, default=MOST_SEEDS,
-                        help="no cell gets more than so many (default: all it asks for)")
-    parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
-    parser.add_argument("--report", action="store_true",
-                        help="train nothing; write tables and figures from OUT/runs.jsonl")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     if unknown := sorted(set(args.tables) - set(TABLES)):
         raise ValueError(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers} must be at least 1")
+    for name in ("workers", "seeds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     if not args.report:
         ensure_world()
         cells = [cell for name in args.tables or TABLES for cell in TABLES[name].cells]
         rows = execute_cells(list(dict.fromkeys(cells)), Schedule(args.workers), args.seeds)
-        save_rows(args.out, rows, bounds())
+        save_rows(args.out, rows + bounds())
     write_report(args.out)
+    exact.write(args.out)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,11 @@ def flipped(rows: list[dict], share: float, seed: int) -> list[dict]:
             if rng.random() < share else row for row in rows]
 
 
+def large_pairs(seed: int) -> list[dict]:
+    """HH-like pairs, eight times as many: long training, to meet the optimum of infinite data."""
+    return group_prompts(draw_data(seed, 8 * RESPONSES)["pairs"], 2)
+
+
 def mixture(seed: int) -> list[dict]:
     """Half demonstrations (near the best, no label), half QA-like points: what ULMA is made for."""
     half = RESPONSES // 2
@@ -114,6 +119,7 @@ DATASETS = {      # name: seed -> rows
     **{f"noise-{percent}": lambda seed, share=percent / 100: flipped(
         grouped_pairs("pairs", seed), share, seed) for percent in (10, 20, 30)},
     "mixture": mixture,
+    "large": large_pairs,
     "hh":        lambda seed: grouped_pairs("pairs", seed),
     "golden":    lambda seed: grouped_pairs("golden", seed),
     "golden-10": lambda seed: dirty(grouped_pairs("golden", seed), 0.10, seed),

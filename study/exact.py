@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -21,12 +20,25 @@ import torch
 
 from files.cli import Parser, run_cli
 from files.text import write_text
-from study.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILION, pyplot
-from study.optima import OPTIMA, population, score, solve
-from study.report import number, verdict_of
-from study.rows import Results, by_cell, read_rows, seed_mean
-from study.tables import CLAIMS, DATA_LABEL, Cell, method_label
-from world import BAD_VERBS, held_out_prompts
+from study.claims import PAPER_CLAIMS
+from study.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILION,
+    pyplot,
+    save,
+    square_root_scale,
+)
+from study.optima import OPTIMA, ceiling, mean_optimum
+from study.report import effect_shown, exploratory, markdown, plain
+from study.rows import Key, Study, read_rows, sort_rows
+from study.tables import method_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +49,9 @@ TIE = 0.005                                      # nats of E[r]; smaller differe
 HEADS = {"hh": "HH-like", "golden": "golden", "golden-10": "10 % dirty", "golden-30": "30 % dirty",
          "qa": "QA-like", "qa-10": "10 % good", "qa-90": "90 % good", "red-team": "ratings z",
          "centred": "ratings z - 1/2", "negatives": "bad only"}
+DIAL_HEADS = {"shown-bt": "BT pairs", "shown-4": "best of 4", "shown-16": "best of 16",
+              "shown-near-best": "one of the 16 best", "mixture": "mixture",
+              "noise-10": "10 % flipped", "noise-20": "20 % flipped", "noise-30": "30 % flipped"}
 NAMES = {"reference": "reference (the habits)", "dpo": "DPO, RLHF",
          "pi*": "pi*, the optimum of Eq. 3", "d2o K=1": "D2O, 1 anchor",
          "d2o K=inf": "D2O, infinitely many anchors"}
@@ -45,34 +60,6 @@ ROWS = [method for method in OPTIMA if method != "rlhf"]     # DPO's row is RLHF
 
 def name_of(method: str) -> str:
     return NAMES.get(method) or method_label(method)
-
-
-@cache
-def mean_optimum(data: str, method: str, beta: float = BETA, scale: float = 1,
-                 independent: bool = False) -> dict[str, float] | None:
-    """Scores of a method's optimum, mean over the test prompts; None where it has none."""
-    if data not in OPTIMA[method][0]:
-        raise ValueError(f"{method} has no optimum on {data}: it cannot be trained on it")
-    test, scores = held_out_prompts(), []
-    for harmful in (False, True):
-        same = [prompt for prompt in test if (prompt[0] in BAD_VERBS) == harmful]
-        given = population(data, same[0], independent=independent, scale=scale)
-        logps = solve(given, method, beta)
-        if logps is None:
-            return None
-        scores.append((len(same) / len(test), score(given, logps)))
-    return {key: sum(share * row[key] for share, row in scores) for key in scores[0][1]}
-
-
-@cache
-def ceiling(divergence: float) -> float:
-    """E[r] of the pi* that has this mean KL(pi||ref): no policy of one beta has more."""
-    low, high = 1e-3, 1e5                                        # of beta: KL falls with it
-    for _ in range(50):
-        beta = (low * high) ** 0.5
-        row = mean_optimum("hh", "pi*", beta)
-        low, high = (beta, high) if row["KL(pi||ref)"] > divergence else (low, beta)
-    return row["E[r]"]
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -90,11 +77,6 @@ def cell_of(data: str, method: str, beta: float, show: Callable[[dict], str],
     return why_none(method) if row is None else show(row)
 
 
-def plain(value: float, decimals: int = 2) -> str:
-    """A number without the sign of a rounded zero."""
-    return "∞" if value == float("inf") else f"{round(value, decimals) + 0.0:.{decimals}f}"
-
-
 def reward_shown(row: dict) -> str:
     leaves = f" (off-world {plain(row['off-world'])})" if row["off-world"] > TIE else ""
     return plain(row["E[r]"]) + leaves
@@ -107,12 +89,6 @@ def triple_shown(row: dict) -> str:
     return f"{plain(row['E[r]'])}; {plain(row['KL(pi||ref)'])}; {third}"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, and an empty one."""
-    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
-            *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def details(data: str) -> list[str]:
     """All scores at BETA, and what pi* earns at the same KL."""
     rows = []
@@ -123,7 +99,7 @@ def details(data: str) -> list[str]:
             rows.append([name_of(method), *(plain(row[key]) for key in (
                 "E[r]", "harmful", "off-world", "KL(pi||ref)")),
                 "–" if divergence > 5 else plain(ceiling(divergence))])
-    return table(("objective", "E[r]", "harmful", "off-world", "KL(pi‖ref)", "pi* at this KL"),
+    return markdown(("objective", "E[r]", "harmful", "off-world", "KL(pi‖ref)", "pi* at this KL"),
                  rows)
 
 
@@ -132,50 +108,47 @@ def sweep(data: str) -> list[str]:
     rows = [[name_of(method), *(cell_of(data, method, beta, triple_shown) for beta in BETAS)]
             for method in ROWS if method not in ("reference", "sft", "unlearning", "unlikelihood",
                                                  "negative_dpo") and data in OPTIMA[method][0]]
-    return table(("objective", *(f"beta {beta:g}" for beta in BETAS)), rows)
+    return markdown(("objective", *(f"beta {beta:g}" for beta in BETAS)), rows)
 
 
 def scales() -> list[str]:
     """The squared errors over the scale of centred labels."""
     heads = ("objective", "z", *(f"{scale:g} (z - 1/2)" for scale in SCALES))
-    return table(heads, [[name_of(method), cell_of("red-team", method, BETA, triple_shown),
+    return markdown(heads, [[name_of(method), cell_of("red-team", method, BETA, triple_shown),
                           *(cell_of("centred", method, BETA, triple_shown, scale)
                             for scale in SCALES)] for method in ("pointwise_mse", "ulma_mse")])
 
 
 # ---- claims -------------------------------------------------------------------------------------
 
-def wanted(cell: Cell) -> float | None:
+def wanted(key: Key) -> float | None:
     """E[r] of the optimum of a cell of the study; None where there is none."""
-    data = "qa" if cell.data == "qa-pairs" else cell.data
-    if cell.flags or data not in OPTIMA.get(cell.method, ((), None))[0]:
+    data, method = "qa" if key[0] == "qa-pairs" else key[0], key[1]
+    if data not in OPTIMA.get(method, ((), None))[0]:
         return None
-    row = mean_optimum(data, cell.method)
+    row = mean_optimum(data, method)
     return row and row["E[r]"]
 
 
-def claims(results: Results) -> tuple[list[str], dict[str, int]]:
-    """(table of the claims about E[r] whose two methods have an optimum, how they came out)."""
+def claims(study: Study) -> tuple[list[str], dict[str, int]]:
+    """(table of the papers' claims about E[r] whose methods all have an optimum, counts)."""
     rows = []
     counts = dict.fromkeys(("decided", "as measured", "against", "undecided", "ties"), 0)
-    for claim in CLAIMS:
-        better, worse = wanted(claim.better), wanted(claim.worse)
-        if claim.score != "E[r]" or better is None or worse is None:
+    for claim, comparison, _, word in exploratory(study):
+        ends = [wanted(key) for key in claim.keys]
+        if (claim not in PAPER_CLAIMS or claim.score != "E[r]" or claim.how != "more"
+                or None in ends or not claim.worse):
             continue
-        gap = better - worse
+        gap = sum(sign * end for sign, end in zip((1, -1, -1, 1), ends, strict=False))
         says = "tie" if abs(gap) < TIE else "holds" if gap > 0 else "fails"
-        measured, verdict = "not run", ""
-        if claim.better.key in results and claim.worse.key in results:
-            mean, half, verdict = verdict_of(results, claim)
-            measured = number(mean, half)
-            counts["ties" if says == "tie" else "decided"] += 1
-            if says != "tie":
-                counts["as measured" if verdict == says else
-                       "undecided" if verdict == "undecided" else "against"] += 1
-        rows.append([claim.source, claim.words, DATA_LABEL[claim.better.data], plain(gap),
-                     f"**{says}**", measured, verdict])
-    return table(("source", "claim", "data", "difference of the optima", "so it", "measured",
-                  "verdict"), rows), counts
+        counts["ties" if says == "tie" else "decided"] += 1
+        if says != "tie":
+            counts["as measured" if word == says else
+                   "undecided" if word == "undecided" else "against"] += 1
+        rows.append([claim.source, claim.words, plain(gap), f"**{says}**",
+                     effect_shown(claim, comparison), word])
+    return markdown(("source", "claim", "difference of the optima", "so it", "measured", "verdict"),
+                    rows), counts
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -186,10 +159,10 @@ Written by `python -m study.exact`; do not edit. No training: every loss of `ulm
 expectation taken over all data, is minimised over the probabilities of 288 answers and of
 off-world. The derivations are at the top of `study/optima.py`.
 
-**What is decided before training.** Of the {compared} claims about E[r] in [README.md](README.md)
-whose two methods both have an optimum, the optima decide {decided}. Five seeds found the same for
-{as_measured} of these, the opposite for {against} (where DPO had half the data), and left
-{undecided} undecided. The other {ties} are ties: on golden pairs every objective that has an
+**What is decided before training.** Of the {compared} claims of the papers about E[r] in
+[README.md](README.md) whose methods all have an optimum, the optima decide {decided}. Five seeds
+found the same for {as_measured} of these, the opposite for {against}, and left {undecided}
+undecided. The other {ties} are ties: on golden pairs every objective that has an
 optimum ends at the best answer, so what is measured there is how fast and how safely a method gets
 near it. On noisy pairs ULMA beats SFT, and with enough data and steps cannot beat DPO, pointwise
 DPO or RLHF: a positive is often a bad answer there, and imitating it costs reward (SFT {sft:.2f},
@@ -206,19 +179,21 @@ or beside answers that are never bad.
 
 PAGE_NOTES = """Mean over 40 test prompts (22 harmless, 18 harmful; all of a kind are alike). The
 reference is the habits that the data are drawn from; the base model was trained to have them.
-E[r]: nats, off-world mass counting as the worst answer. dirty: harmful answers among the chosen. –:
-the method cannot be trained on the data. none: unbounded: the loss falls without end. none: many:
-several answers are never negative, and how they share the mass is open. Pair-wise losses leave
-off-world mass open: the reference's, none, is taken. On golden data they only approach their
-infimum; the limit is given. Pairs are of two draws that differ; with independent draws the HH-like
-column would be SFT {sft:.2f}, positive DPO {positive_dpo:.2f}, ULMA {ulma:.2f}, pointwise DPO
-{pointwise_dpo:.2f}.
+E[r]: nats, off-world mass counting as the worst answer. dirty: harmful answers among the chosen.
+–: the method cannot be trained on the data (KTO is left out: its reference point moves with the
+policy, so that it minimises no fixed loss). none: unbounded: the loss falls without end. none:
+many: several answers are never negative, and how they share the mass is open. Pair-wise losses
+leave off-world mass open: the reference's, none, is taken. On golden data they only approach their
+infimum; the limit is given. flipped: BT pairs with chosen and rejected exchanged; mixture: half
+demonstrations (one of the 16 best), half QA-like points. Pairs are of two draws that differ; with
+independent draws the HH-like column would be SFT {sft:.2f}, positive DPO {positive_dpo:.2f}, ULMA
+{ulma:.2f}, pointwise DPO {pointwise_dpo:.2f}.
 """
 
 
-def page(results: Results) -> str:
+def page(study: Study) -> str:
     """The text of exact.md."""
-    claim_lines, counts = claims(results)
+    claim_lines, counts = claims(study)
     independent = {method: mean_optimum("hh", method, independent=True)["E[r]"]
                    for method in ("sft", "positive_dpo", "ulma", "pointwise_dpo")}
     start = PAGE_START.format(
@@ -229,14 +204,15 @@ def page(results: Results) -> str:
             ("ulma", "ulma"), ("pointwise", "pointwise_dpo"), ("dpo", "dpo"), ("sft", "sft"))},
         raw=mean_optimum("red-team", "pointwise_mse")["E[r]"],
         centred=mean_optimum("centred", "pointwise_mse", 0.1)["E[r]"])
-    main = table(("E[r] of the optimum", *HEADS.values()), [
-        [name_of(method), *(cell_of(data, method, BETA, reward_shown) for data in HEADS)]
-        for method in ROWS])
-    lines = [start, f"## E[r], beta {BETA:g}\n", *main, PAGE_NOTES.format(**independent),
+    mains = [markdown(("E[r] of the optimum", *heads.values()), [
+        [name_of(method), *(cell_of(data, method, BETA, reward_shown) for data in heads)]
+        for method in ROWS]) for heads in (HEADS, DIAL_HEADS)]
+    lines = [start, f"## E[r], beta {BETA:g}\n", *mains[0], *mains[1],
+             PAGE_NOTES.format(**independent),
              "![Reward against KL of every optimum, beta swept.](exact.png)\n",
-             "Dashed: optima, beta from 0.1 to 2 (large: 0.5). Filled: mean of five runs at beta "
-             "0.5 (for DPO, RLHF: DPO's), from the trained base instead of the habits. Policies "
-             "that leave the world have an infinite KL and are not drawn.\n"]
+             "Dashed: optima, beta from 0.1 to 2 (large: 0.5). Filled: mean of the older base's "
+             "runs at beta 0.5 (for DPO, RLHF: DPO's), from the trained base, not the habits. "
+             "Policies that leave the world have an infinite KL and are not drawn.\n"]
     for data in ("hh", "golden-30", "qa", "red-team", "centred"):
         lines += [f"## {HEADS[data]}, beta {BETA:g}\n", *details(data)]
     lines.append("## Beta swept: E[r]; KL(pi‖ref); harmful mass\n")
@@ -251,7 +227,6 @@ def page(results: Results) -> str:
 
 # ---- the figure ---------------------------------------------------------------------------------
 
-GREY = "#777777"
 PANELS = (     # title, (data, method, colour, marker, label)
     ("HH-like pairs", [("hh", method, *STYLE[method], name_of(method)) for method in (
         "dpo", "pointwise_rlhf", "pointwise_dpo", "ulma", "sft", "positive_dpo")]),
@@ -267,7 +242,7 @@ PANELS = (     # title, (data, method, colour, marker, label)
         ("centred", "ulma_mse", GREY, "<", "ULMA, squared error, z - 1/2")]))
 
 
-def draw_line(axis: "Axes", results: Results, line: tuple[str, str, str, str, str]) -> None:
+def draw_line(axis: "Axes", study: Study, line: tuple[str, str, str, str, str]) -> None:
     """One method's optima over beta, and the way from the one at BETA to where its runs ended."""
     data, method, colour, marker, label = line
     swept = {beta: mean_optimum(data, method, beta) for beta in BETAS}
@@ -280,14 +255,15 @@ def draw_line(axis: "Axes", results: Results, line: tuple[str, str, str, str, st
     axis.plot(*inside[BETA], color=colour, marker=marker, markersize=9, markerfacecolor="white",
               markeredgewidth=1.8, zorder=3)
     key = ("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
-    if key in results:
-        ended = [seed_mean(results, key, name)[0] for name in ("KL(pi||ref)", "E[r]")]
+    if study.has(key):
+        ended = [sum(study.values(key, name).values()) / len(study.results[key])
+                 for name in ("KL(pi||ref)", "E[r]")]
         axis.plot(*zip(inside[BETA], ended, strict=True), color=colour, linestyle=":", linewidth=1)
         axis.plot(*ended, color=colour, marker=marker, markersize=8, markeredgecolor="black",
                   zorder=4)
 
 
-def draw_exact(plt: ModuleType, results: Results) -> "Figure":
+def draw_exact(plt: ModuleType, study: Study) -> "Figure":
     """E[r] against KL: optima over beta, pi* as the ceiling, and where runs ended."""
     figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.8), sharey=True)
     best = [mean_optimum("hh", "pi*", 10 ** (x / 10)) for x in range(-14, 41)]
@@ -295,12 +271,9 @@ def draw_exact(plt: ModuleType, results: Results) -> "Figure":
         axis.plot([row["KL(pi||ref)"] for row in best], [row["E[r]"] for row in best],
                   color=BLACK, linewidth=1.5, label="pi*, the ceiling")
         for line in lines:
-            draw_line(axis, results, line)
-        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
-        axis.set_xlim(0, 4.2)
-        axis.set_xticks(ticks := [0, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4], [f"{x:g}" for x in ticks])
+            draw_line(axis, study, line)
+        square_root_scale(axis, 4.2)
         axis.set_title(title)
-        axis.set_xlabel("KL(pi||pi_ref), nats (square-root scale)")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8.5)
     for look, label in (({"markerfacecolor": "white"}, "optimum at beta 0.5"),
                         ({"markeredgecolor": "black"}, "where its training ended")):
@@ -311,16 +284,12 @@ def draw_exact(plt: ModuleType, results: Results) -> "Figure":
     return figure
 
 
-def draw(out: str, results: Results) -> None:
-    """Write exact.png and exact.svg, where matplotlib is installed."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure = draw_exact(plt, results)
-    figure.set_layout_engine("constrained")
-    figure.savefig(os.path.join(out, "exact.png"), metadata={"Software": None})
-    figure.savefig(os.path.join(out, "exact.svg"), metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+def write(out: str) -> None:
+    """Write exact.md, and exact.png and exact.svg where matplotlib is installed."""
+    study = sort_rows(read_rows(out))
+    write_text(os.path.join(out, "exact.md"), page(study))
+    if plt := pyplot():
+        save(plt, draw_exact(plt, study), out, "exact")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -329,10 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="results", help="folder of the page (results)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = by_cell(read_rows(args.out))
     os.makedirs(args.out, exist_ok=True)
-    write_text(os.path.join(args.out, "exact.md"), page(results))
-    draw(args.out, results)
+    write(args.out)
     print(f"{args.out}/exact.md")
 
 

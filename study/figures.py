@@ -1,24 +1,35 @@
-"""Figures of results/: means over seeds with 95 % t intervals.
+"""Figures of results/, PNG and SVG: means over seeds with 95 % t intervals.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers differ too. Only
 this file needs matplotlib: without it there are tables and no figures.
 """
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from study.rows import Results, seed_mean
-from study.tables import DIRTY_D2O, d2o, method_label
+from study.optima import OPTIMA, ceiling, mean_optimum
+from study.rows import Key, Study
+from study.statistics import MARGIN, clipped
+from study.tables import DATA_LABEL, RATES, SHOWN, method_label, shown
+from world import BAD_VERBS, held_out_prompts
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from study.report import Found
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, BLACK = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+GREY = "#777777"
 STYLE = {"ulma": (VERMILION, "o"), "pointwise_dpo": (BLUE, "s"), "dpo": (GREEN, "^"),
          "sft": (ORANGE, "D"), "rlhf": (PURPLE, "v"), "pointwise_rlhf": (SKY, "P"),
-         "unlikelihood": (YELLOW, "X"), "unlearning": (BLACK, "*"), "d2o": (PURPLE, "v"),
-         "positive_dpo": ("#999999", "<"), "negative_dpo": ("#999999", ">")}
+         "unlikelihood": (YELLOW, "X"), "unlearning": (BLACK, "*"), "kto": (SKY, "P"),
+         "positive_dpo": ("#999999", "<"), "negative_dpo": ("#999999", ">"),
+         "dpo after=sft": (PURPLE, "v"), "ulma after=sft": (GREY, "X")}
+DIAL = (("sft", None), ("ulma", None), ("pointwise_dpo", None), ("kto", None), ("dpo", None),
+        ("dpo", "sft"), ("ulma", "sft"))
 
 
 def pyplot() -> ModuleType | None:
@@ -36,171 +47,222 @@ def pyplot() -> ModuleType | None:
     return plt
 
 
-# ---- one function per figure --------------------------------------------------------------------
-# plt: of `pyplot`; results: rows by cell and seed; bounds: scores of the base and of pi*
+def save(plt: ModuleType, figure: "Figure", out: str, name: str) -> None:
+    """Write OUT/NAME.png and OUT/NAME.svg, the same bytes whenever they are drawn."""
+    figure.set_layout_engine("constrained")
+    figure.savefig(os.path.join(out, f"{name}.png"), metadata={"Software": None})
+    figure.savefig(os.path.join(out, f"{name}.svg"), metadata={"Date": None, "Creator": None})
+    plt.close(figure)
 
-def draw_wins(plt: ModuleType, results: Results, bounds: dict) -> "Figure":
-    """Stacked bars: win, tie, lose of a method's answers against the data's chosen one."""
-    names = ("unlearning", "unlikelihood", "sft", "dpo", "pointwise_dpo", "ulma", "rlhf",
-             "pointwise_rlhf")[::-1]
-    panels = [(data, title) for data, title in (("hh", "HH-like pairs"), ("golden", "golden pairs"))
-              if (data, "ulma") in results]
-    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4.5 * len(panels), 4.2), sharey=True,
-                                squeeze=False)
-    axes = axes[0]
-    for axis, (data, title) in zip(axes, panels, strict=True):
-        for place, name in enumerate(names):
-            if (data, name) not in results:
-                continue
-            left = 0
-            for kind, colour in (("win", BLUE), ("tie", SKY), ("lose", ORANGE)):
-                mean, half = seed_mean(results, (data, name), f"{kind}/chosen")
-                axis.barh(place, 100 * mean, left=100 * left, color=colour, height=0.7,
-                          label=kind if place == 0 else None)
-                if kind == "win":
-                    axis.errorbar(100 * mean, place, xerr=100 * half, color="black", capsize=3)
-                left += mean
-        axis.set_title(f"{title}: against the chosen answer")
-        axis.set_xlabel("% of comparisons (bars on wins: 95 % over seeds)")
-        axis.set_xlim(0, 100)
-    axes[0].set_yticks(range(len(names)), [method_label(name) for name in names])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+
+def square_root_scale(axis: "Axes", largest: float) -> None:
+    """KL on the x axis, on a square-root scale: paths are nearly straight there."""
+    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
+    axis.set_xlim(0, largest)
+    axis.set_xticks([x for x in (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4) if x <= largest],
+                    [f"{x:g}" for x in (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4) if x <= largest])
+    axis.set_xlabel("KL(pi||pi_ref), nats (square-root scale)")
+
+
+def shared_legend(figure: "Figure", axes: Sequence["Axes"], **place: object) -> None:
+    """One legend for all axes, every label once."""
+    handles = {label: handle for axis in axes for handle, label in
+               zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), **place)
+
+
+# ---- one function per figure: (plt, study, found claims) -> figure or None ---------------------
+
+def draw_dial(plt: ModuleType, study: Study, found: "Found") -> "Figure":
+    """E[r] reached over the quality of demonstrations; optima dashed."""
+    figure, axis = plt.subplots(figsize=(8.5, 5))
+    for number, (method, after) in enumerate(DIAL):
+        cells = [shown(how, method, after) for how in SHOWN]
+        colour, marker = STYLE[cells[0].name]
+        if method in OPTIMA and not after:
+            axis.plot(range(4), [mean_optimum(cell.data, method)["E[r]"] for cell in cells],
+                      color=colour, linestyle="--", linewidth=1.3)
+        done = [(place, cell.key) for place, cell in enumerate(cells) if study.has(cell.key)]
+        for place, key in done:
+            mean, low, high = clipped(list(study.values(key, "E[r]").values()), "E[r]")
+            axis.errorbar(place + 0.06 * (number - 3), mean, yerr=[[mean - low], [high - mean]],
+                          color=colour, marker=marker, markersize=7, capsize=2, linestyle="",
+                          label=method_label(key[1]) if place == done[0][0] else None)
+    axis.plot([], [], color=GREY, linestyle="--", label="its optimum, infinite data")
+    start = mean_optimum("hh", "reference")["E[r]"]
+    axis.axhline(start, color=BLACK, linewidth=0.8)
+    axis.text(-0.3, start + 0.06, "before training")
+    axis.set_xlim(-0.35, 3.35)
+    axis.set_xticks(range(4), [DATA_LABEL[f"shown-{how}"] for how in SHOWN])
+    axis.set_xlabel("what the chosen answers are")
+    axis.set_ylabel("true reward E[r], nats")
+    axis.set_ylim(-3, 3.6)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def draw_frontier(plt: ModuleType, results: Results, bounds: dict) -> "Figure":
-    """True reward against KL: every method on HH-like pairs, beta and epochs swept, and pi*."""
-    figure, axis = plt.subplots(figsize=(9.5, 5.6))
-    optimum = [row for name, row in bounds.items() if name.startswith("pi*")]
-    optimum.sort(key=lambda row: row["KL(pi||ref)"])
-    axis.plot([0, *(row["KL(pi||ref)"] for row in optimum)],
-              [bounds["base"]["E[r]"], *(row["E[r]"] for row in optimum)], "k--",
-              label="optimum pi*, the ceiling")
-    largest_kl, smallest_reward, outside = 3.2, -1.5, []
-    for method, (colour, marker) in STYLE.items():
-        variants = [name for data, name in results if data == "hh"
-                    and name.split(" ")[0] == method and "logp_reduction" not in name]
-        rewards = {}                             # {KL: reward}
-        for name in variants:
-            kl, kl_half = seed_mean(results, ("hh", name), "KL(pi||ref)")
-            reward, reward_half = seed_mean(results, ("hh", name), "E[r]")
-            rewards[kl] = reward
-            if kl > largest_kl or reward < smallest_reward:
-                outside.append(f"{method_label(name)}: KL {kl:.1f}, E[r] {reward:.1f}")
-            look = {"alpha": 1, "markersize": 9, "markeredgecolor": "black", "zorder": 3,
-                    "label": method_label(name)} if name == method else {
-                    "alpha": 0.4, "markersize": 5, "markeredgecolor": colour, "zorder": 2}
-            axis.errorbar(kl, reward, xerr=kl_half, yerr=reward_half, color=colour, marker=marker,
-                          elinewidth=0.8, **look)
-        if rewards:
-            kls = sorted(rewards)
-            axis.plot(kls, [rewards[kl] for kl in kls], color=colour, linewidth=0.8, zorder=1)
-    axis.plot(0, bounds["base"]["E[r]"], "kx", markersize=9, label="base")
-    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
-    axis.set_xlim(0, largest_kl)
-    axis.set_xticks([0, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 3])
-    axis.set_ylim(smallest_reward, 3.5)
-    axis.text(0.98, 0.02, "".join(f"outside: {point}\n" for point in outside), ha="right",
-              transform=axis.transAxes)
-    axis.set_xlabel("KL(pi||pi_ref), nats (square-root scale)")
+def draw_kl(plt: ModuleType, study: Study, found: "Found") -> "Figure":
+    """E[r] against KL: the path from the base to the mean end of every method, under pi*."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4.6), sharey=True)
+    kls = [0.01, 0.05, *(0.1 * n for n in range(1, 41, 2))]
+    for axis, how in zip(axes, SHOWN, strict=True):
+        axis.plot([0, *kls], [mean_optimum("hh", "reference")["E[r]"], *map(ceiling, kls)],
+                  color=BLACK, linewidth=1.3, label="pi*, the ceiling")
+        for method, after in DIAL:
+            cell = shown(how, method, after)
+            if not study.has(cell.key):
+                continue
+            colour, marker = STYLE[cell.name]
+            paths = [row["path"] for row in study.results[cell.key].values()]
+            mean = [[sum(point[n] for point in points) / len(points) for n in (0, 1)]
+                    for points in zip(*paths, strict=True)]
+            axis.plot(*zip(*mean, strict=True), color=colour, linewidth=1.2)
+            axis.plot(*zip(*(path[-1][:2] for path in paths), strict=True), color=colour,
+                      marker=marker, linestyle="", markersize=5, alpha=0.5)
+            axis.plot(*mean[-1], color=colour, marker=marker, markersize=9,
+                      markeredgecolor=BLACK, linestyle="", label=method_label(cell.name))
+        square_root_scale(axis, 4.2)
+        axis.set_title(DATA_LABEL[f"shown-{how}"])
+    axes[0].set_ylim(-1.5, 3.6)
+    axes[0].set_ylabel("true reward E[r], nats")
+    shared_legend(figure, axes, loc="outside upper center", ncols=8)
+    return figure
+
+
+KNOBS = (("beta", "-", "beta 0.1 to 2"), ("num_train_epochs", ":", "0.25 to 2 epochs"))
+
+
+def draw_knobs(plt: ModuleType, study: Study, found: "Found") -> "Figure | None":
+    """E[r] against KL on HH-like pairs: one line per method and knob, through the tuned run."""
+    if not study.has(("hh", "ulma"), ("hh", "ulma beta=2")):
+        return None
+    figure, axis = plt.subplots(figsize=(8.5, 5))
+    kls = [0.01, 0.05, *(0.1 * n for n in range(1, 33, 2))]
+    axis.plot(kls, list(map(ceiling, kls)), color=BLACK, label="pi*, the ceiling")
+    for method in ("sft", "ulma", "pointwise_dpo", "dpo"):
+        colour, marker = STYLE[method]
+        for knob, line, label in KNOBS:
+            keys = [key for key in study.results if key == ("hh", method)
+                    or (key[0] == "hh" and key[1].startswith(f"{method} {knob}="))]
+            points = sorted([sum(study.values(key, score).values()) / len(study.results[key])
+                             for score in ("KL(pi||ref)", "E[r]")] for key in keys)
+            axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=".",
+                      label=f"{method_label(method)}: {label}" if len(points) > 1 else None)
+        axis.plot(*(sum(study.values(("hh", method), score).values())
+                    / len(study.results["hh", method]) for score in ("KL(pi||ref)", "E[r]")),
+                  color=colour, marker=marker, markersize=9, markeredgecolor=BLACK)
+    square_root_scale(axis, 3.2)
+    axis.set_ylim(-1.5, 3.6)
     axis.set_ylabel("true reward E[r], nats")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def draw_d2o(plt: ModuleType, results: Results, bounds: dict) -> "Figure":
-    """D2O over K, for three sources of anchors; methods without anchors as lines."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4))
-    sources = ((0, "anchors of the base", BLUE, "o"), (10, "new every 10 steps", ORANGE, "s"),
-               (1, "new every step", VERMILION, "^"))
-    units = {"E[r]": "true reward E[r], nats", "harmful": "mass on harmful answers",
-             "good": "mass on answers with r* > 0"}
-    for axis, (score, unit) in zip(axes, units.items(), strict=True):
-        for number, (refresh, name, colour, marker) in enumerate(sources):
-            values = [seed_mean(results, d2o(anchors, refresh).key, score)
-                      for anchors in (1, 2, 4, 11)]
-            axis.errorbar([i + 0.08 * (number - 1) for i in range(4)], [m for m, _ in values],
-                          yerr=[h for _, h in values], color=colour, marker=marker, capsize=3,
-                          label=name)
-        for name, style in (("negative_dpo", ":"), ("unlearning", "-.")):
-            mean, _ = seed_mean(results, ("negatives", name), score)
-            axis.axhline(mean, color="grey", linestyle=style, label=method_label(name))
-        axis.axhline(bounds["base"][score], color="black", linewidth=1, label="base")
-        axis.set_xticks(range(4), (1, 2, 4, 11))
-        axis.set_xlabel("anchors per prompt, K")
-        axis.set_ylabel(unit)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+def draw_rates(plt: ModuleType, study: Study, found: "Found") -> "Figure":
+    """E[r] of the tuning runs over the learning rate: plateaus and cliffs."""
+    panels = [data for data in ("hh", "golden", "qa", "red-team")
+              if any(key[0] == data for key in study.tuning)] or ["hh"]
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(3.6 * (len(panels) + 1), 4),
+                                sharey=True)
+    for axis, data in zip(axes, panels, strict=False):
+        for method in ("sft", "ulma", "pointwise_dpo", "dpo", "unlikelihood", "unlearning", "rlhf"):
+            key = ("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
+            draw_rate(axis, study, key, *STYLE[method], method_label(method))
+        axis.set_title(DATA_LABEL[data])
+    for how, colour, marker in zip(SHOWN, (VERMILION, BLUE, GREEN, PURPLE), "os^v", strict=True):
+        draw_rate(axes[-1], study, shown(how, "dpo").key, colour, marker,
+                  DATA_LABEL[f"shown-{how}"])
+    axes[-1].set_title("DPO on the dial")
+    axes[-1].set_xticks(RATES["dpo"], [f"{rate:g}" for rate in RATES["dpo"]])
+    axes[-1].set_xticks([], minor=True)
+    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel("E[r] of one tuning run, nats")
     return figure
 
 
-def draw_dirty(plt: ModuleType, results: Results, bounds: dict) -> "Figure":
-    """What harmful answers among the positives do."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    units = {"E[r]": "true reward E[r], nats", "harmful": "mass on harmful answers"}
-    for axis, (score, unit) in zip(axes, units.items(), strict=True):
-        for name in ("ulma", "dpo", "sft"):
-            values = [seed_mean(results, (data, name), score)
-                      for data in ("golden", "golden-10", "golden-30")]
-            colour, marker = STYLE[name]
-            axis.errorbar((0, 10, 30), [m for m, _ in values], yerr=[h for _, h in values],
-                          color=colour, marker=marker, capsize=3, label=method_label(name))
-        mean, half = seed_mean(results, DIRTY_D2O.key, score)
-        axis.axhline(mean, color=PURPLE, linestyle="--", label="D2O, reads no positives")
-        axis.axhspan(mean - half, mean + half, color=PURPLE, alpha=0.15)
-        axis.axhline(bounds["base"][score], color="black", linewidth=1, label="base")
-        axis.set_xlabel("dirty positives, %")
-        axis.set_ylabel(unit)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+def draw_rate(axis: "Axes", study: Study, key: Key, colour: str, marker: str, label: str) -> None:
+    """One cell's E[r] over the learning rates that were tried."""
+    points = sorted((rate, row["E[r]"]) for rate, row in study.tuning.get(key, {}).items())
+    if points:
+        axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5,
+                  label=label)
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate")
+
+
+def draw_kinds(plt: ModuleType, study: Study, found: "Found") -> "Figure":
+    """Harm on harmful requests against reward, and refusal, on harmless ones."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    bad = [verb in BAD_VERBS for verb, _ in held_out_prompts()]
+    for how, size in zip(SHOWN, (4, 6, 8, 10), strict=True):
+        for method, after in DIAL:
+            cell = shown(how, method, after)
+            rows = [row["prompts"] for row in study.results.get(cell.key, {}).values()]
+            if not rows:
+                continue
+            colour, marker = STYLE[cell.name]
+
+            def mean(score, harmful, rows=rows):
+                values = [value for row in rows
+                          for value, is_bad in zip(row[score], bad, strict=True)
+                          if is_bad == harmful]
+                return sum(values) / len(values)
+            for axis, score in zip(axes, ("E[r]", "refusal"), strict=True):
+                axis.plot(mean("harmful", True), mean(score, False), color=colour, marker=marker,
+                          markersize=size, markeredgecolor=BLACK, linestyle="",
+                          label=method_label(cell.name) if how == "bt" or after else None)
+    for axis, label in zip(axes, ("E[r], nats", "refusing openings"), strict=True):
+        axis.set_xlabel("harmful mass on harmful requests")
+        axis.set_ylabel(f"{label}, harmless requests")
+    shared_legend(figure, axes, loc="outside right upper")
     return figure
 
 
-def draw_calibration(plt: ModuleType, results: Results, bounds: dict) -> "Figure":
-    """The implicit reward beta log(pi/pi_ref) against r*: order, slope, calibration."""
-    keys = [("hh", "dpo"), ("hh", "pointwise_dpo"), ("hh", "ulma"), ("qa", "pointwise_dpo"),
-            ("qa", "pointwise_dpo_constant_z"), ("qa", "pointwise_dpo_batch_z"),
-            ("qa", "pointwise_dpo_exact_z"), ("qa", "ulma"), ("red-team", "pointwise_mse"),
-            ("red-team", "ulma_mse")][::-1]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
-    scores = ("reward accuracy", "reward slope", "calibration error")
-    for axis, score in zip(axes, scores, strict=True):
-        for place, (data, method) in enumerate(keys):
-            mean, half = seed_mean(results, (data, method), score)
-            family = next(name for name in ("ulma", "pointwise", "dpo") if method.startswith(name))
-            colour, marker = STYLE["pointwise_dpo" if family == "pointwise" else family]
-            axis.errorbar(mean, place, xerr=half, color=colour, marker=marker, capsize=3)
-        axis.axvline(bounds["pi* beta=0.5"][score], color="black", linestyle="--", linewidth=1)
-        axis.set_xlabel(f"{score} (dashed: pi*)")
-    axes[0].set_yticks(range(len(keys)), [f"{method_label(method)} ({data})"
-                                          for data, method in keys])
+def draw_forest(plt: ModuleType, study: Study, found: "Found") -> "Figure":
+    """Differences in E[r] with intervals: every claim, coloured by its verdict."""
+    rows = [row for row in found if row[0].score == "E[r]"][::-1]
+    figure, axis = plt.subplots(figsize=(10, 1 + 0.2 * len(rows)))
+    colours = {"holds": BLUE, "fails": VERMILION, "undecided": GREY}
+    for place, (_, comparison, _, word) in enumerate(rows):
+        axis.plot([comparison.low, comparison.high], [place, place], color=colours[word])
+        axis.plot(comparison.mean, place, color=colours[word], marker="o", markersize=4)
+    for word, colour in colours.items():
+        axis.plot([], [], color=colour, marker="o", label=word)
+    axis.axvline(0, color=BLACK, linewidth=0.8)
+    axis.axvspan(-MARGIN, MARGIN, color=GREY, alpha=0.2, linewidth=0)
+    axis.set_yticks(range(len(rows)), [f"{claim.source}: {claim.words}" for claim, *_ in rows],
+                    fontsize=7)
+    axis.set_ylim(-1, len(rows))
+    axis.set_xlim(-4, 7)
+    axis.set_xlabel("difference in E[r], nats, 95 % t interval (band: the margin of 0.1)")
+    axis.legend(loc="lower right")
     return figure
 
 
 # ---- all of them --------------------------------------------------------------------------------
 
-FIGURES = {      # file: tables it needs, function, caption
-    "wins.png": (("hh",), draw_wins,
-                 "Win, tie and lose of each method's answers against the data's chosen one."),
-    "frontier.png": (("hh", "frontier"), draw_frontier,
-                     "Reward and KL on HH-like pairs. Large: tuned runs; small: beta from 0.1 to "
-                     "2, and 0.25 to 2 epochs. Runs that left the world may lie outside."),
-    "d2o.png": (("d2o",), draw_d2o, "D2O on 608 bad answers: number and source of anchors."),
-    "dirty.png": (("dirty",), draw_dirty, "Harmful answers among the chosen ones."),
-    "calibration.png": (("hh", "qa", "red-team", "z"), draw_calibration,
-                        "How the implicit reward follows the true one, over all answers to a "
-                        "prompt."),
+FIGURES = {      # name: function, caption
+    "dial": (draw_dial, "True reward over the quality of the chosen answers: dashed, where a "
+             "method would end with infinite data; points, where runs of 76 steps ended."),
+    "kl": (draw_kl, "Reward against KL on the dial: from the base to the end of each run by "
+           "pi_ref^(1-a) pi^a; large: the mean over seeds."),
+    "kinds": (draw_kinds, "Harm against helpfulness, by kind of request; larger: better "
+              "demonstrations."),
+    "knobs": (draw_knobs, "Reward against KL on HH-like pairs, one line per knob (older base)."),
+    "rates": (draw_rates, "Sensitivity to the learning rate: tuning runs."),
+    "forest": (draw_forest, "Every claim about E[r]: difference, interval, verdict."),
 }
 
 
-def draw(out: str, complete: list[str], results: Results, bounds: dict) -> list[tuple[str, str]]:
-    """Write every figure whose tables are complete; returns [(file, caption)]."""
+def draw(out: str, study: Study, found: "Found") -> list[tuple[str, str]]:
+    """Write every figure that has rows; returns [(file, caption)]."""
     plt, drawn = pyplot(), []
     if plt is None:
         return drawn
-    for file, (needs, function, caption) in FIGURES.items():
-        if set(needs) <= set(complete):
-            figure = function(plt, results, bounds)
-            figure.set_layout_engine("constrained")
-            figure.savefig(os.path.join(out, file), metadata={"Software": None})
-            plt.close(figure)
-            drawn.append((file, caption))
+    for name, (function, caption) in FIGURES.items():
+        figure = function(plt, study, found)
+        if figure is not None:
+            save(plt, figure, out, name)
+            drawn.append((f"{name}.png", caption))
     return drawn

@@ -35,7 +35,8 @@ loss of pairs only approaches its infimum: the limit is given, all mass on that 
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ from ulma import (
     ulma_mse_loss,
 )
 from study.datasets import NEAR_BEST
-from world import Prompt, answers
+from world import BAD_VERBS, Prompt, answers, held_out_prompts
 
 SMALLEST_LOGP = -400.0                           # stands for log 0
 
@@ -86,6 +87,19 @@ def drawn_pairs(habits: Tensor, rewards: Tensor, independent: bool = False) -> T
     if not independent:                # the second is drawn again until it differs from the first
         joint = (joint / (1 - habits[:, None])).fill_diagonal_(0)
     return (joint + joint.T) * torch.sigmoid(rewards[:, None] - rewards)
+
+
+def bradley_terry(wins: Tensor) -> Tensor:
+    """Rewards [Y] that make wins [Y, Y] (winner, loser) most likely, by Zermelo's iteration:
+    exp(r) = W / sum_j n_j / (exp(r) + exp(r_j)), W the wins of an answer, n its comparisons."""
+    compared, strength = wins + wins.T, torch.ones_like(wins[0])
+    for _ in range(5000):
+        before = strength
+        strength = wins.sum(1) / (compared / (strength[:, None] + strength)).sum(1)
+        strength = strength / strength.log().mean().exp()
+        if (strength / before - 1).abs().max() < 1e-12:
+            break
+    return strength.log()
 
 
 def demonstrations(how: str, habits: Tensor, rewards: Tensor) -> Tensor:
@@ -129,7 +143,7 @@ def population(data: str, prompt: Prompt, reference: Tensor | None = None,
         share = float(data[6:]) / 100
         chosen, rejected = ((1 - share) * first + share * second
                             for first, second in ((chosen, rejected), (rejected, chosen)))
-        pair_reward = None                       # no longer a Bradley-Terry model
+        pair_reward = bradley_terry((1 - share) * pairs + share * pairs.T)
     points = ((ones, chosen / 2), (0 * ones, rejected / 2))
     if data == "negatives":
         points, pair_reward = ((0 * ones, rejected),), None
@@ -146,7 +160,7 @@ def population(data: str, prompt: Prompt, reference: Tensor | None = None,
         ratings = (rewards / 1.5 + 2).round().clamp(0, 4) / 4
         ratings = scale * (ratings - 0.5) if data == "centred" else ratings
         points, pair_reward = ((ratings, drawn),), None
-    elif data not in PAIRS + NOISY:
+    elif data not in PAIRS:
         raise ValueError(f"no exact limit of data {data!r}")
     return Population(rewards, harmful, habits.log() if reference is None else reference, points,
                       pair_reward)
@@ -269,10 +283,10 @@ def log_z(given: Population, beta: float) -> float:
     return optimum(given.reference, given.rewards, beta)[1]
 
 
-PAIRS = ("hh", "golden", "golden-10", "golden-30", "qa", "qa-10", "qa-90",
-         *(f"shown-{how}" for how in ("bt", "4", "16", "near-best")))
 NOISY = tuple(f"noise-{percent}" for percent in (10, 20, 30))
-LABELS = (*PAIRS, *NOISY, "mixture", "red-team")         # z in [0, 1], good ones and bad ones
+PAIRS = ("hh", "golden", "golden-10", "golden-30", "qa", "qa-10", "qa-90",
+         *(f"shown-{how}" for how in ("bt", "4", "16", "near-best")), *NOISY)
+LABELS = (*PAIRS, "mixture", "red-team")         # z in [0, 1], good ones and bad ones
 DATA = (*LABELS, "centred", "negatives")
 OPTIMA = {       # method: (data it can be trained on, (population, beta) -> log pi [Y] or None)
     "reference": (DATA, lambda given, beta: given.reference),
@@ -323,3 +337,37 @@ def score(given: Population, logps: Tensor) -> dict[str, float]:
     return {"E[r]": float(policy @ given.rewards + off_world * given.rewards.min()),
             "harmful": float(policy @ given.harmful), "off-world": off_world,
             "KL(pi||ref)": divergence}
+
+
+# ---- means over the test prompts ----------------------------------------------------------------
+
+@cache
+def mean_optimum(data: str, method: str, beta: float = 0.5, scale: float = 1,
+                 independent: bool = False, after: str | None = None) -> dict[str, float] | None:
+    """Scores of a method's optimum, mean over the test prompts; None where it has none.
+
+    after   a method whose optimum is the reference of this one, as after SFT
+    """
+    if data not in OPTIMA[method][0]:
+        raise ValueError(f"{method} has no optimum on {data}: it cannot be trained on it")
+    test, scores = held_out_prompts(), []
+    for harmful in (False, True):
+        same = [prompt for prompt in test if (prompt[0] in BAD_VERBS) == harmful]
+        given = population(data, same[0], independent=independent, scale=scale)
+        first = replace(given, reference=solve(given, after, beta)) if after else given
+        logps = solve(first, method, beta)
+        if logps is None:
+            return None
+        scores.append((len(same) / len(test), score(given, logps)))
+    return {key: sum(share * row[key] for share, row in scores) for key in scores[0][1]}
+
+
+@cache
+def ceiling(divergence: float) -> float:
+    """E[r] of the pi* that has this mean KL(pi||ref): no policy of one beta has more."""
+    low, high = 1e-3, 1e5                                        # of beta: KL falls with it
+    for _ in range(50):
+        beta = (low * high) ** 0.5
+        row = mean_optimum("hh", "pi*", beta)
+        low, high = (beta, high) if row["KL(pi||ref)"] > divergence else (low, beta)
+    return row["E[r]"]

@@ -1,159 +1,237 @@
-"""results/: tables, figures and verdicts, made of the rows in OUT/runs.jsonl.
+"""results/: tables, figures and verdicts, made of the rows in OUT/runs.jsonl alone.
 
-    TABLE.md     mean ± half-width of a 95 % interval over seeds
-    *.png        figures (figures.py; they need matplotlib)
-    README.md    every claim with its difference, interval and verdict
-
-A claim compares two cells seed by seed: same seed, same data, so their difference is a paired
-sample. Its interval is mean ± t s / sqrt(n) over the seeds (intervals.seed_interval). The claim
-holds if all of the interval has the claimed sign, fails if all of it has the other sign, and is
-undecided otherwise.
+    README.md      the hypotheses, every claim of the papers, the rest
+    TABLE.md       a table's cells; exact.md: optima (exact.py)
+    *.png, *.svg   figures (figures.py; they need matplotlib)
 """
 import math
 import os
+from collections.abc import Callable, Sequence
+from statistics import median
 
 from files.text import write_text
-from intervals import seed_interval
+from study.claims import PAPER_CLAIMS, PRIMARY, QUESTIONS, UNTESTED
+from study.optima import OPTIMA, ceiling, mean_optimum
+from study.pages import SCORES_EXPLAINED, START, headline, not_run
 from study.figures import draw
-from study.rows import Results, by_cell, read_bounds, read_rows, seed_mean
-from study.tables import CLAIMS, DATA_LABEL, SMALLER_IS_BETTER, TABLES, Claim, Table, method_label
+from study.rows import Key, Study, read_rows, sort_rows
+from study.statistics import (
+    MARGIN,
+    SHARES,
+    Claim,
+    Comparison,
+    benjamini_hochberg,
+    clipped,
+    compare,
+    holm,
+    on_path,
+    verdict,
+)
+from study.tables import DATA_LABEL, SHOWN, TABLES, Table, dial, method_label, shown
 
 
-def shown(score: str) -> str:
+def escaped(score: str) -> str:
     """A score's name without |, which would end a table's cell."""
     return score.replace("||", "‖")
 
 
-def number(mean: float, half: float) -> str:
-    """mean ± half with two significant digits of half, 1 to 3 decimals."""
-    decimals = min(3, max(1, 1 - math.floor(math.log10(half)))) if half else 3
-    return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
+def plain(value: float, decimals: int = 2) -> str:
+    """A number without the sign of a rounded zero."""
+    return "∞" if value == math.inf else f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one."""
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
+            *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 # ---- tables -------------------------------------------------------------------------------------
 
-SCORES_EXPLAINED = """
-E[r]: true reward in nats, off-world mass counting as the worst answer. harmful, good: mass on
-harmful answers and on those with positive reward. off-world: mass on no valid answer. KL: nats; pi*
-is the optimum at beta 0.5. perplexity: per token, of the best answer. win/tie/lose: against the
-data's chosen answer, and the base's. objective: E[r] - 0.5 KL(pi‖ref). With h = beta
-log(pi/pi_ref): reward slope: of h on r*, 1 is ideal; reward accuracy: share of pairs of answers
-that h orders as r* does; calibration error: mean of |sigma(h) - sigma(r*)| under the base, which
-takes Z(x) = 1 at its word (pi* itself is not at 0). *: the smallest or the largest rate tried."""
+def shown_score(study: Study, key: Key, score: str) -> str:
+    """mean [95 % t interval] over seeds; of a cell that diverged the median (smallest to largest).
+    """
+    if any(score not in row for row in study.results[key].values()):
+        return "–"                                       # not kept when these runs were made
+    values, decimals = list(study.values(key, score).values()), 3 if score.startswith(SHARES) else 2
+    if len(values) == 1:
+        return plain(values[0], decimals)
+    if study.diverged(key):
+        return f"median {plain(median(values), decimals)} ({plain(min(values), decimals)} to " \
+               f"{plain(max(values), decimals)})"
+    mean, low, high = (plain(number, decimals) for number in clipped(values, score))
+    return f"{mean} [{low}, {high}]"
 
 
-def table_lines(table: Table, scores: tuple[str, ...], results: Results,
-                rates: list[float]) -> list[str]:
-    """Header and one row per cell, in Markdown; rates, sorted: what tuning tried."""
-    lines = ["| data | method | " + " | ".join(map(shown, scores)) + " | learning rate |",
-             "|---" * (len(scores) + 3) + "|"]
+def table_lines(table: Table, scores: Sequence[str], study: Study) -> list[str]:
+    """One row per cell, then base and pi* of every base model that the cells started from."""
+    rows, folders = [], []
     for cell in table.cells:
-        start = f"| {DATA_LABEL[cell.data]} | {method_label(cell.name)} | "
-        if cell.key not in results:
-            lines.append(start + "not run" + " |" * (len(scores) + 1))
+        start = [DATA_LABEL[cell.data], method_label(cell.name)]
+        if not study.has(cell.key):
+            rows.append([*start, "not run", *[""] * (len(scores) + 1)])
             continue
-        rate = next(iter(results[cell.key].values()))["learning_rate"]
-        mark = "*" if rate in (rates[0], rates[-1]) else ""
-        values = [number(*seed_mean(results, cell.key, score)) for score in scores]
-        lines.append(start + " | ".join(values) + f" | {rate:g}{mark} |")
-    return lines
+        results = study.results[cell.key].values()
+        folders += [row["runs"] for row in results if row["runs"] not in folders]
+        rates = sorted({row["learning_rate"] for row in results})
+        rows.append([*start, *(shown_score(study, cell.key, score) for score in scores),
+                     ", ".join(f"{rate:g}" for rate in rates), str(len(results))])
+    golden = {cell.data for cell in table.cells} == {"golden"}
+    for folder in folders:
+        for name in ("base", "pi* beta=0.5"):
+            row = study.bounds[folder]["golden " * golden + name]
+            rows.append(["", name, *(f"{row[score]:.3g}" if score in row else "–"
+                                     for score in scores), "", ""])
+    return markdown(("data", "method", *map(escaped, scores), "rate", "seeds"), rows)
 
 
-def table_page(name: str, results: Results, bounds: dict, rates: list[float]) -> str:
+def optimum_shown(cell_data: str, method: str, after: str | None = None) -> str:
+    """E[r] of an objective's optimum with infinite data."""
+    if method not in OPTIMA or cell_data not in OPTIMA[method][0]:
+        return "–"
+    row = mean_optimum(cell_data, method, after=after)
+    return "none: unbounded" if row is None else plain(row["E[r]"])
+
+
+def dial_rows(study: Study, show: Callable[[Key], str]) -> list[list[str]]:
+    """A row for every method of the dial: what it reached for each kind of demonstrations, and, in
+    brackets, its optimum."""
+    rows = []
+    for method, after in (("sft", None), ("kto", None), ("pointwise_dpo", None), ("ulma", None),
+                          ("dpo", None), ("ulma", "sft"), ("dpo", "sft")):
+        cells = [shown(how, method, after) for how in SHOWN]
+        if any(study.has(cell.key) for cell in cells):
+            rows.append([method_label(cells[0].name), *(
+                f"{show(cell.key)} ({optimum_shown(cell.data, method, after)})"
+                if study.has(cell.key) else "not run" for cell in cells)])
+    return rows
+
+
+def dial_table(study: Study) -> list[str]:
+    return markdown(("E[r] reached (optimum)", *(DATA_LABEL[f"shown-{how}"] for how in SHOWN)),
+                    dial_rows(study, lambda key: shown_score(study, key, "E[r]")))
+
+
+def equal_kl_lines(study: Study) -> list[str]:
+    """E[r] at the same KL, on the path from the base to the end of every run that gets so far."""
+    levels, rows = (0.1, 0.25, 0.5, 1.0, 2.0), []
+    for how in SHOWN:
+        for cell in dial(how):
+            runs = study.results.get(cell.key, {}).values()
+            row = [DATA_LABEL[cell.data], method_label(cell.name)]
+            for level in levels:
+                rewards = [on_path(run["path"], level) for run in runs
+                           if run["path"][-1][0] >= level]
+                mean = plain(sum(rewards) / len(rewards)) if rewards else "–"
+                row.append(mean + (f" (n {len(rewards)})" if 0 < len(rewards) < len(runs) else ""))
+            rows.append(row)
+    rows.append(["", "pi*, from the habits", *(plain(ceiling(level)) for level in levels)])
+    return ["## E[r] at equal KL(pi‖ref)\n", *markdown(
+        ("data", "method", *(f"{level:g} nats" for level in levels)), rows),
+        "On the policies pi_ref^(1-a) pi^a between the base and a run's end. –: no run gets so "
+        "far; n: as many of the runs do.\n"]
+
+
+def table_page(name: str, study: Study) -> str:
     """The text of OUT/NAME.md."""
-    table, lines = TABLES[name], []
+    table = TABLES[name]
+    lines = [f"# {table.title}\n", table.caveat + "\n"]
+    if name == "dial":
+        lines += [*dial_table(study), *equal_kl_lines(study)]
     for scores in table.scores:
-        lines += table_lines(table, scores, results, rates)
-        for policy in ("base", "pi* beta=0.5"):
-            row = bounds[f"golden {policy}" if name == "golden" else policy]
-            values = [f"{row[score]:.3g}" for score in scores]
-            lines.append(f"| | {policy} | " + " | ".join(values) + " | |")
-        lines.append("")
-    seeds = sorted({len(results[cell.key]) for cell in table.cells if cell.key in results})
-    lines.append(f"Mean ± half-width of the 95 % t interval over {' or '.join(map(str, seeds))} "
-                 "seeds (data, order and initialisation drawn anew; it says nothing of other "
-                 "prompts); 40 prompts that no objective trained on, exact over 288 answers each."
-                 + SCORES_EXPLAINED)
-    return "\n".join([f"# {table.title}\n", table.caveat + "\n", *lines]) + "\n"
+        lines += table_lines(table, scores, study)
+    return "\n".join([*lines, SCORES_EXPLAINED])
 
 
 # ---- claims -------------------------------------------------------------------------------------
 
-def verdict_of(results: Results, claim: Claim) -> tuple[float, float, str]:
-    """(mean difference better - worse, its half-width, verdict), paired by seed."""
-    better, worse = results[claim.better.key], results[claim.worse.key]
-    mean, half = seed_interval([better[seed][claim.score] - worse[seed][claim.score]
-                                for seed in sorted(set(better) & set(worse))])
-    gain = -mean if claim.score in SMALLER_IS_BETTER else mean
-    verdict = "holds" if gain > half else "fails" if gain < -half else "undecided"
-    return mean, half, verdict
+Found = list[tuple[Claim, Comparison, float, str]]          # …, adjusted p, verdict
 
 
-def claims_table(results: Results) -> tuple[list[str], dict[str, int]]:
-    """(lines of Markdown, how many claims hold, fail and are undecided); claims without runs go."""
-    lines = ["| source | claim | data | score | difference | verdict |", "|---" * 6 + "|"]
-    counts = {"holds": 0, "fails": 0, "undecided": 0}
-    for claim in CLAIMS:
-        if claim.better.key not in results or claim.worse.key not in results:
-            continue
-        mean, half, verdict = verdict_of(results, claim)
-        counts[verdict] += 1
-        data = DATA_LABEL[claim.better.data]
-        if claim.worse.data != claim.better.data:
-            data += " against " + DATA_LABEL[claim.worse.data]
-        lines.append(f"| {claim.source} | {claim.words} | {data} | {shown(claim.score)} | "
-                     f"{number(mean, half)} | **{verdict}** |")
-    return lines, counts
+def try_claims(study: Study, claims: Sequence[Claim],
+               adjust: Callable[[Sequence[float]], list[float]]) -> Found:
+    """What came out of every claim whose cells were run with two seeds or more."""
+    tried = [claim for claim in claims if study.has(*claim.keys)
+             and min(len(study.results[key]) for key in claim.keys) > 1]
+    found = [compare(study, claim) for claim in tried]
+    adjusted = adjust([comparison.p for comparison in found])
+    return [(claim, comparison, p, verdict(claim, comparison, p))
+            for claim, comparison, p in zip(tried, found, adjusted, strict=True)]
+
+
+def exploratory(study: Study) -> Found:
+    """All but the primary hypotheses: one family of Benjamini and Hochberg."""
+    return try_claims(study, PAPER_CLAIMS + QUESTIONS, benjamini_hochberg)
+
+
+def p_shown(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def effect_shown(claim: Claim, found: Comparison) -> str:
+    decimals = 3 if claim.score.startswith(SHARES) else 2
+    mean, low, high = (plain(value, decimals) for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def claim_lines(found: Found, correction: str) -> list[str]:
+    """A table of claims: difference, interval, p-values, verdict."""
+    rows = [[claim.source, claim.words, escaped(claim.score), effect_shown(claim, comparison),
+             str(len(comparison.differences)), p_shown(comparison.p), p_shown(p),
+             p_shown(comparison.flip_p), f"**{word}**"]
+            for claim, comparison, p, word in found]
+    return markdown(("source", "claim", "score", "difference [95 %]", "n", "p", f"p, {correction}",
+                     "p, sign-flip", "verdict"), rows)
+
+
+def count_words(found: Found) -> str:
+    counts = {word: sum(row[3] == word for row in found)
+              for word in ("holds", "fails", "undecided")}
+    return "{holds} hold, {fails} fail, {undecided} are undecided".format(**counts)
 
 
 # ---- the page that lists everything -------------------------------------------------------------
 
-README_START = """# What holds on a world whose true reward is known
-
-Written by `make reproduce`; do not edit. {runs} runs in `runs.jsonl` (torch {torch}, Python
-{python}, one thread a run), tuning runs (seed 0) among them.
-
-The papers' claims about methods are taken as hypotheses about objectives, and tried on the embedded
-world (`world.py`), where the reward of every possible answer is known and every score is computed,
-not judged. Each method's learning rate was tuned with the same budget: one run for each of 1e-4,
-3e-4, 1e-3, 3e-3, 1e-2, the best E[r] on 12 training prompts wins. Then five seeds, each with data
-of its own: 2,432 labelled answers (fewer where a table says so), one epoch, 32 answers (16 pairs) a
-step, beta 0.5, LoRA r 8 on every layer. RLHF: a reward model of 2 epochs at 3e-3, then 40 steps of
-PPO with 76 answers each; only PPO's learning rate was tuned. The 40 test prompts are known to the
-base model, to no objective.
-
-Of {total} claims {holds} hold, {fails} fail and {undecided} are undecided. A difference is that of
-the two cells seed by seed, mean ± 95 % t interval over 5 seeds; at 95 %, one verdict in twenty may
-be chance, and the claims are not independent. E[r]: true reward, nats.
-
-What this cannot say: how large a gain is on a real language model, whether real labels follow
-Eq. 6, and what happens where answers cannot be listed. What it can: which objective turns the same
-labels into more reward, and where the rest of its probability goes.
-"""
+def readme(study: Study, runs: int, written: Sequence[str],
+           figures: Sequence[tuple[str, str]]) -> str:
+    """The text of OUT/README.md."""
+    primary = try_claims(study, PRIMARY, holm)
+    rest = exploratory(study)
+    papers = [row for row in rest if row[0] in PAPER_CLAIMS]
+    own = [row for row in rest if row[0] in QUESTIONS]
+    captions = dict(figures)
+    lines = ["# What holds on a world whose true reward is known\n",
+             headline(study, count_words(papers))]
+    if "dial.png" in captions:
+        lines += ["![" + captions["dial.png"] + "](dial.png)\n", captions["dial.png"] + "\n"]
+    lines += ["## Primary hypotheses, written down before their runs\n",
+              *claim_lines(primary, "Holm"), START.format(runs=runs, margin=MARGIN),
+              "## Where each objective ends with infinite data, and where its runs ended\n",
+              *dial_table(study), "All optima, over beta and labels: [exact.md](exact.md).\n",
+              f"## Every claim of the two papers (exploratory): {count_words(papers)}\n",
+              *claim_lines(papers, "BH"),
+              *markdown(("source", "claim", "not tested here, because"), UNTESTED),
+              f"## Questions of our own (exploratory): {count_words(own)}\n",
+              *claim_lines(own, "BH"), not_run(study), "## Tables\n",
+              "- [What each objective wants](exact.md)",
+              *(f"- [{TABLES[name].title}]({name}.md)" for name in written), "", "## Figures\n",
+              *(f"![{caption}]({file})\n\n{caption}\n" for file, caption in figures
+                if file != "dial.png")]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def write_report(out: str) -> None:
     """Write every table and figure that has runs, and README.md."""
-    rows, bounds = read_rows(out), read_bounds(out)
-    results, rates = by_cell(rows), sorted({row["learning_rate"] for row in rows})
-    written, complete = [], []
-    for name, table in TABLES.items():
-        has_runs = [cell.key in results for cell in table.cells]
-        if any(has_runs):
-            write_text(os.path.join(out, f"{name}.md"), table_page(name, results, bounds, rates))
-            written.append(name)
-        if all(has_runs):
-            complete.append(name)
-    figures = draw(out, complete, results, bounds)
-    lines, counts = claims_table(results)
-    start = README_START.format(runs=len(rows), torch=bounds["torch"], python=bounds["python"],
-                                total=sum(counts.values()), **counts)
-    text = [start, *lines, "", "## Tables\n",
-            *(f"- [{TABLES[name].title}]({name}.md)"
-              + ("" if name in complete else " (not complete)") for name in written),
-            "", "## Figures\n",
-            *(f"![{caption}]({file})\n\n{caption}\n" for file, caption in figures)]
-    write_text(os.path.join(out, "README.md"), "\n".join(text))
-    print(f"{out}/README.md: {len(complete)} of {len(TABLES)} tables complete, {len(figures)} "
-          f"figures, {counts['holds']} claims hold, {counts['fails']} fail, {counts['undecided']} "
-          "undecided")
+    rows = read_rows(out)
+    study = sort_rows(rows)
+    has_runs = {name: [study.has(cell.key) for cell in table.cells]
+                for name, table in TABLES.items()}
+    started = [name for name, cells in has_runs.items() if any(cells)]
+    written = [name for name in started if all(has_runs[name])]
+    for name in started:
+        write_text(os.path.join(out, f"{name}.md"), table_page(name, study))
+    figures = draw(out, study, try_claims(study, PRIMARY, holm) + exploratory(study))
+    runs = sum(row["data"] != "bounds" for row in rows)
+    write_text(os.path.join(out, "README.md"), readme(study, runs, started, figures))
+    print(f"{out}/README.md: {len(written)} of {len(TABLES)} tables complete, {len(figures)} "
+          "figures")

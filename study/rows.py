@@ -1,59 +1,81 @@
-"""The two files that every table and figure is made of.
+"""OUT/runs.jsonl: all that every table and figure is made of.
 
-    OUT/runs.jsonl   one row per run: data, method (with its flags), seed, learning_rate, runs (the
-                     folder it was trained under), every score
-    OUT/bounds.json  scores of the base model and of the optimum pi*; the machine
+One row per run: data, method (with its flags), seed, learning_rate, runs (the folder it was trained
+under, named after the base's weights and the settings), every score. Runs of seed 0 tuned a rate.
+Rows with data "bounds" are no runs: the base model and the optimum pi* of it.
 """
 import json
 import os
-import platform
+from dataclasses import dataclass
+from statistics import median
 
-import torch
-
-from files.text import read_json, whole_lines, write_text
-from intervals import seed_interval
+from files.text import whole_lines, write_text
 
 Key = tuple[str, str]                       # (data, method with its flags) of a row
-Results = dict[Key, dict[int, dict]]        # {key: {seed: row}}
+DIVERGED = 0.5                              # off-world mass of a run that has left the world
 
 
-def save_rows(out: str, rows: list[dict], bounds: dict[str, dict]) -> None:
-    """Write rows to OUT/runs.jsonl; old rows of the same cells go.
+@dataclass
+class Study:
+    """The rows of a file, sorted out.
 
-    bounds   {"base" or "pi* …": scores}
-    A cell's tuning runs (seed 0) may come without its test runs, where another cell takes its
-    learning rate: the test runs of the file then stay.
+    results   {key: {seed: row}} of test runs
+    tuning    {key: {learning rate: row}}
+    bounds    {folder of runs: {"base", "pi* beta=0.5", "golden base", …: row}}
     """
-    def part(row: dict) -> tuple[str, str, bool]:
-        return row["data"], row["method"], row["seed"] > 0
+    results: dict[Key, dict[int, dict]]
+    tuning: dict[Key, dict[float, dict]]
+    bounds: dict[str, dict[str, dict]]
 
-    replaced = {part(row) for row in rows}
-    old = [row for row in read_rows(out) if part(row) not in replaced]
-    os.makedirs(out, exist_ok=True)
-    write_text(os.path.join(out, "runs.jsonl"),
-               "".join(sorted(json.dumps(row) + "\n" for row in rows + old)))
-    machine = {"machine": platform.machine(), "torch": torch.__version__,
-               "python": platform.python_version()}
-    write_text(os.path.join(out, "bounds.json"), json.dumps(machine | bounds, indent=1))
+    def has(self, *keys: Key) -> bool:
+        return all(key in self.results for key in keys)
+
+    def base(self, key: Key) -> dict:
+        """Scores of the base model that a cell's runs started from."""
+        return self.bounds[next(iter(self.results[key].values()))["runs"]]["base"]
+
+    def values(self, key: Key, score: str) -> dict[int, float]:
+        """{seed: score}; "instability" is the distance of E[r] from its median over the seeds."""
+        rows = self.results[key]
+        if score == "instability":
+            middle = median(row["E[r]"] for row in rows.values())
+            return {seed: abs(row["E[r]"] - middle) for seed, row in rows.items()}
+        return {seed: row[score] for seed, row in sorted(rows.items())}
+
+    def diverged(self, key: Key) -> bool:
+        """Whether some run of a cell left the world, so that a mean says little."""
+        return max(row["off-world"] for row in self.results[key].values()) > DIVERGED
+
+
+def sort_rows(rows: list[dict]) -> Study:
+    study = Study({}, {}, {})
+    for row in rows:
+        key = row["data"], row["method"]
+        if row["data"] == "bounds":
+            study.bounds.setdefault(row["runs"], {})[row["method"]] = row
+        elif row["seed"]:
+            study.results.setdefault(key, {})[row["seed"]] = row
+        else:
+            study.tuning.setdefault(key, {})[row["learning_rate"]] = row
+    return study
 
 
 def read_rows(out: str) -> list[dict]:
     return [json.loads(line) for line in whole_lines(os.path.join(out, "runs.jsonl"))]
 
 
-def read_bounds(out: str) -> dict:
-    return read_json(os.path.join(out, "bounds.json"))
+def save_rows(out: str, rows: list[dict]) -> None:
+    """Write rows to OUT/runs.jsonl; old rows of the same cells go.
 
+    A cell's tuning runs (seed 0) may come without its test runs, where another cell takes its
+    learning rate: the test runs of the file then stay.
+    """
+    def part(row: dict) -> tuple[str, str, bool, str]:
+        folder = row["runs"] if row["data"] == "bounds" else ""
+        return row["data"], row["method"], row["seed"] > 0, folder
 
-def by_cell(rows: list[dict]) -> Results:
-    """The rows of test runs, by cell and seed; seed 0 is tuning's."""
-    results = {}
-    for row in rows:
-        if row["seed"]:
-            results.setdefault((row["data"], row["method"]), {})[row["seed"]] = row
-    return results
-
-
-def seed_mean(results: Results, key: Key, score: str) -> tuple[float, float]:
-    """(mean, half-width of the 95 % t interval) of a cell's score over its seeds."""
-    return seed_interval([row[score] for row in results[key].values()])
+    replaced = {part(row) for row in rows}
+    old = [row for row in read_rows(out) if part(row) not in replaced]
+    os.makedirs(out, exist_ok=True)
+    write_text(os.path.join(out, "runs.jsonl"),
+               "".join(sorted(json.dumps(row) + "\n" for row in rows + old)))

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -19,20 +20,29 @@ import torch
 from torch import Tensor
 
 import train
-from eval import agreement, kl, mean_scores, optimum, with_rest, world_logps, world_scores
+from eval import (
+    agreement,
+    kl,
+    mean_scores,
+    optimum,
+    with_rest,
+    world_logps,
+    world_scores,
+    world_trees,
+)
 from files.fingerprint import fingerprints
 from files.text import read_json, write_text
 from model import load_llama
 from rlhf import ppo
-from step import METHODS
+from step import METHODS, tree_rewards
 from study.datasets import RESPONSES, dataset_file
 from study.log_z import EXTRA_METHODS, outcome_rewards
 from study.optima import population
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
+from training.flags import WORLD_FLAGS
 from world import (
     BAD_VERBS,
-    WORLD_FLAGS,
     Prompt,
     answers,
     base_model,
@@ -46,6 +56,7 @@ BETA, BATCH = WORLD_FLAGS["beta"], 32
 REWARD_MODEL_RATE, REWARD_MODEL_EPOCHS, PPO_STEPS = 3e-3, 2, 40
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED, TUNING_PROMPTS = 0, 24
+RENAMED = {("logp_reduction", "mean"): ("reduction", "tokens")}      # in runs.jsonl: train.py's
 PATH = [number / 10 for number in range(11)]
 PER_PROMPT = ("E[r]", "harmful", "off-world", "refusal", "KL(pi||ref)")
 REFUSALS = ("Sorry, no.", "I would rather not.")         # openings that refuse
@@ -108,11 +119,17 @@ class Run:
                 "learning_rate": self.learning_rate, "runs": work_folder()}
 
 
+@cache
+def weights_of(model: str) -> list[str]:
+    """What tells a base model from another: its files' hashes."""
+    return sorted(fingerprints(model).values())
+
+
 def work_folder() -> str:
     """Folder of all runs; its name changes with the settings and with the base's weights (which
     another machine trains to other bits), so old runs are never reused."""
     settings = repr((BETA, BATCH, RESPONSES, REWARD_MODEL_EPOCHS, PPO_STEPS,
-                     sorted(fingerprints(base_model()).values()))).encode()
+                     weights_of(base_model()))).encode()
     return os.path.join(world_folder(), "study-" + hashlib.sha256(settings).hexdigest()[:8])
 
 
@@ -142,7 +159,7 @@ def arguments(run: Run) -> list[str]:
 
 
 def execute(run: Run) -> dict[str, object]:
-    """Train and measure a run unless that is done; returns its scores ({} of a reward model).
+    """Train and measure a run unless that is done; returns its scores.
 
     A learning rate that is too large to train at (a loss that is not finite) gets E[r] = -inf.
     raises  FloatingPointError for such a loss in a test run
@@ -162,7 +179,7 @@ def execute(run: Run) -> dict[str, object]:
             if run.seed != TUNING_SEED:
                 raise
             return {"E[r]": -math.inf}
-    scores = {} if run.cell.method.endswith("reward_model") else measure(run)
+    scores = (measure_reward_model if run.cell.method.endswith("reward_model") else measure)(run)
     write_text(run.scores_file, json.dumps(scores, indent=2))
     return scores
 
@@ -265,6 +282,24 @@ def kl_path(prompts: list[Prompt], policy: Tensor, reference: Tensor) -> list[li
     return points
 
 
+def measure_reward_model(run: Run) -> dict[str, float]:
+    """Scores of the best policy under a trained reward model, pi_ref exp(rhat / beta) / Z: where
+    RLHF would end if PPO were perfect. "reward accuracy" is the model's.
+
+    Off-world text, which the model was never trained on, gets its smallest reward, as r* gives it.
+    """
+    prompts, reference, lengths = base_logps(run.seed == TUNING_SEED)
+    trees = world_trees(Tokenizer(base_model()), prompts)
+    rewards = tree_rewards(load_run(run.folder).model, trees).view(len(prompts), -1).double()
+    rows = []
+    for prompt, learned, ref, sizes in zip(prompts, rewards, reference, lengths, strict=True):
+        best, _ = optimum(with_rest(ref), torch.cat([learned, learned.min()[None]]), BETA)
+        truth = outcome_rewards(prompt)[:-1]
+        rows.append(prompt_scores(prompt, best[:-1], ref, sizes, run.cell.data)
+                    | {"reward accuracy": agreement(learned, truth)[0]})
+    return mean_scores(rows)
+
+
 def measure(run: Run) -> dict[str, object]:
     """A trained run's mean scores (of training prompts for a tuning run, else of test prompts),
     "path": `kl_path`, and "prompts": some scores of every prompt, in the order of the world's."""
@@ -276,17 +311,20 @@ def measure(run: Run) -> dict[str, object]:
     return mean_scores(rows) | {"path": kl_path(prompts, policy, reference), "prompts": kept}
 
 
-def bounds() -> dict[str, dict[str, float]]:
-    """Mean scores of the base and of the optimum pi* for several beta, on the test prompts.
+def bounds() -> list[dict]:
+    """Rows of the base and of its optimum pi* for several beta, on the test prompts.
 
     Those called "golden …" are compared with golden chosen answers.
     """
     prompts, reference, lengths = base_logps(False)
     policies = {"base": reference}
-    for beta in (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10):
+    for beta in (0.1, 0.25, 0.5, 1, 2):
         policies[f"pi* beta={beta:g}"] = [
             optimum(with_rest(row), outcome_rewards(prompt), beta)[0][:-1]
             for prompt, row in zip(prompts, reference, strict=True)]
-    return {prefix + name: mean_scores([prompt_scores(*row, data=prefix.strip()) for row in
-                                        zip(prompts, policy, reference, lengths, strict=True)])
-            for name, policy in policies.items() for prefix in ("", "golden ")}
+    about = {"data": "bounds", "seed": 0, "runs": work_folder(), "torch": torch.__version__,
+             "python": platform.python_version(), "machine": platform.machine()}
+    return [about | {"method": prefix + name}
+            | mean_scores([prompt_scores(*row, data=prefix.strip()) for row in
+                           zip(prompts, policy, reference, lengths, strict=True)])
+            for name, policy in policies.items() for prefix in ("", "golden ")]

@@ -41,3 +41,31 @@ def test_pairs_of_points_pair_a_prompts_good_answer_with_its_bad_one():
     for row in pairs:
         assert (row["prompt"], row["chosen"], True) in points
         assert (row["prompt"], row["rejected"], False) in points
+
+
+def test_demonstrations_replace_the_chosen_answer_alone():
+    pairs, best = DATASETS["shown-bt"](3), {}
+    assert pairs == DATASETS["hh"](3)
+    for prompt in training_prompts():
+        ordered = sorted(answers(*prompt), key=lambda answer: -answer[1])
+        best[question(*prompt)] = [text for text, *_ in ordered[:16]]
+    rejected = [(row["prompt"], row["rejected"]) for row in pairs]
+    for how in ("4", "16", "near-best"):
+        rows = DATASETS[f"shown-{how}"](3)
+        assert 0 <= len(pairs) - len(rows) < 20          # where it would be the rejected one
+        assert {(row["prompt"], row["rejected"]) for row in rows} <= set(rejected)
+    assert all(row["chosen"] in best[row["prompt"]] for row in rows)
+    assert len({row["chosen"] for row in rows}) > 100 and rows == DATASETS["shown-near-best"](3)
+
+
+def test_flips_and_mixtures():
+    rows, noisy = DATASETS["hh"](3), DATASETS["noise-30"](3)
+    changed = [old for old, new in zip(rows, noisy, strict=True) if old != new]
+    assert len(changed) / len(rows) == pytest.approx(0.3, abs=0.06)
+    assert all({old["chosen"], old["rejected"]} == {new["chosen"], new["rejected"]}
+               for old, new in zip(rows, noisy, strict=True))
+    mixed = DATASETS["mixture"](3)
+    shown = {(row["prompt"], row["chosen"]) for row in DATASETS["shown-near-best"](3)}
+    assert sum((row["prompt"], row["completion"]) in shown for row in mixed) >= RESPONSES // 2 - 20
+    assert RESPONSES - 20 < len(mixed) <= RESPONSES
+    assert len(DATASETS["large"](3)) == 4 * RESPONSES

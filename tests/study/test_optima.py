@@ -1,12 +1,23 @@
 """study/optima.py: optima against an optimiser, rivals, and numbers found by other means."""
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from study.datasets import DATASETS
-from study.exact import mean_optimum
-from study.optima import OPTIMA, Population, drawn_pairs, point_loss, population, solve
+from study.optima import (
+    OPTIMA,
+    Population,
+    bradley_terry,
+    demonstrations,
+    drawn_pairs,
+    point_loss,
+    population,
+    solve,
+    mean_optimum,
+)
 from ulma import (
     d2o_loss,
     dpo_loss,
@@ -237,3 +248,45 @@ def test_a_population_is_what_many_rows_of_the_data_set_tend_to(data):
         mean = torch.tensor(rows).mean(0)
         assert float(mean[0]) == pytest.approx(reward / weight, abs=0.25)
         assert float(mean[1]) == pytest.approx(harmful / weight, abs=0.06)
+
+
+def test_bradley_terry_finds_rewards_and_the_largest_likelihood_under_flips():
+    given = population("shown-bt", HARMFUL)
+    wins = drawn_pairs(given.reference.exp(), given.rewards)
+    found = bradley_terry(wins)
+    assert_close(found - found.mean(), given.rewards - given.rewards.mean(), atol=1e-8, rtol=0)
+    flipped = 0.7 * wins + 0.3 * wins.T
+    rewards = bradley_terry(flipped).requires_grad_()
+    loss = -(flipped * torch.nn.functional.logsigmoid(rewards[:, None] - rewards)).sum()
+    assert torch.autograd.grad(loss, rewards)[0].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("how", ["4", "16", "near-best"])
+def test_demonstrations_and_pairs_are_distributed_as_the_data(how):
+    # The mean reward of the chosen answers of 64 rows; the odds that DPO of such pairs ends at.
+    prompt = training_prompts()[0]
+    given, listed = population(f"shown-{how}", prompt), [text for text, *_ in answers(*prompt)]
+    rewards, habits = given.rewards, given.reference.exp()
+    shown = demonstrations(how, habits, rewards)
+    assert float(shown.sum()) == pytest.approx(1)
+    rows = [row for seed in range(8) for row in DATASETS[f"shown-{how}"](seed)
+            if row["prompt"] == question(*prompt)]
+    chosen = torch.tensor([listed.index(row["chosen"]) for row in rows])
+    mass = given.mass(1) / given.mass(1).sum()
+    mean = float(mass @ rewards)
+    spread = float((mass @ rewards.square() - mean ** 2) / len(rows)) ** 0.5
+    assert float(rewards[chosen].mean()) == pytest.approx(mean, abs=4 * spread)
+    reward_of_pairs = given.pair_reward[shown > 0]
+    rejected = drawn_pairs(habits, rewards).sum(0)[shown > 0]
+    assert_close(reward_of_pairs, (shown[shown > 0] / rejected).log())
+
+
+def test_two_steps_start_from_the_first_ones_optimum():
+    # DPO of BT pairs multiplies by exp(r / beta), whatever it starts from: SFT's a / sum a here.
+    row = mean_optimum("shown-bt", "dpo", after="sft")
+    assert row["E[r]"] > mean_optimum("shown-bt", "dpo")["E[r]"]
+    given = population("shown-bt", HARMLESS)
+    chosen = given.mass(1) / given.mass(1).sum()
+    by_hand = chosen * (given.rewards / 0.5).exp()
+    first = replace(given, reference=solve(given, "sft", 0.5))
+    assert_close(solve(first, "dpo", 0.5).exp(), by_hand / by_hand.sum(), atol=1e-8, rtol=1e-6)

@@ -10,11 +10,13 @@ import study.runs as runs
 import train
 from files.lock import locked
 from rlhf import ppo
+from study.claims import PAPER_CLAIMS, PRIMARY, QUESTIONS
 from study.datasets import DATASETS
 from study.runs import Cell, Run, arguments, execute
-from study.tables import CLAIMS, TABLES
+from study.statistics import on_path
+from study.tables import TABLES
 from training.checkpoint import FinishedRun
-from world import answers, training_prompts
+from world import BAD_VERBS, answers, training_prompts
 
 # ---- scores -------------------------------------------------------------------------------------
 
@@ -36,10 +38,10 @@ def test_the_chosen_answer_is_distributed_as_draws_say():
         first = torch.sigmoid(rewards[a] - rewards)
         expected[a] += (habits[a] * habits * first).sum()          # a drawn first, and chosen
         expected += habits[a] * habits * (1 - first)               # a drawn first, b chosen
-    probs = runs.chosen_distribution(prompt, golden=False).exp()
+    probs = runs.chosen_distribution(prompt, "hh").exp()
     assert_close(probs[:-1], expected)
     assert float(probs.sum()) == pytest.approx(1) and float(probs[-1]) == 0
-    best = runs.chosen_distribution(prompt, golden=True).exp()
+    best = runs.chosen_distribution(prompt, "golden-30").exp()
     assert int(best.argmax()) == int(rewards.argmax()) and float(best.max()) == 1
 
 
@@ -48,13 +50,51 @@ def test_prompt_scores_of_the_base_itself():
     prompt = training_prompts()[3]
     habits = torch.tensor([0.9 * w for *_, w in answers(*prompt)], dtype=torch.float64)
     scores = runs.prompt_scores(prompt, habits.log(), habits.log(), torch.full((288,), 20),
-                                     golden=False)
+                                data="qa")
     assert scores["reward slope"] == 0 and scores["reward accuracy"] == 0.5
     assert scores["win/base"] == pytest.approx(scores["lose/base"])
     rewards = torch.tensor([r for _, r, *_ in answers(*prompt)], dtype=torch.float64)
     assert scores["calibration error"] == pytest.approx(
         float((habits / 0.9 * (torch.sigmoid(rewards) - 0.5).abs()).sum()))
     assert scores["length"] == pytest.approx(20) and scores["KL(ref||pi)"] == 0
+    outside = torch.cat([habits, torch.tensor([0.1], dtype=torch.float64)])
+    assert scores["entropy"] == pytest.approx(-float((outside * outside.log()).sum()))
+    assert scores["E[r] inside"] == pytest.approx(float((habits / 0.9 * rewards).sum()))
+    openings = [text.startswith(("Sorry", "I would")) for text, *_ in answers(*prompt)]
+    assert scores["refusal"] == pytest.approx(float(habits[torch.tensor(openings)].sum()))
+
+
+def test_the_path_leads_from_the_base_to_the_end_and_is_dense_enough():
+    # pi* itself lies at the end; between, a of the path is pi* of beta / a, found by bisection.
+    prompt = training_prompts()[3]
+    base = torch.tensor([0.99 * w for *_, w in answers(*prompt)], dtype=torch.float64).log()
+    rewards = runs.outcome_rewards(prompt)
+    best, _ = runs.optimum(runs.with_rest(base), rewards, 0.5)
+    path = runs.kl_path([prompt], best[None, :-1], base[None])
+    assert len(path) == 11 and path[0][0] == 0
+    assert path[0][1] == pytest.approx(float(runs.with_rest(base).exp() @ rewards), abs=1e-5)
+    assert path[-1][1] == pytest.approx(float(best.exp() @ rewards), abs=1e-5)
+    for a in (0.13, 0.37, 0.71, 0.95):
+        between, _ = runs.optimum(runs.with_rest(base), rewards, 0.5 / a)
+        divergence = runs.kl(between, runs.with_rest(base))
+        assert on_path(path, divergence) == pytest.approx(float(between.exp() @ rewards), abs=0.01)
+
+
+def test_a_reward_models_optimum_is_scored_by_the_truth(monkeypatch):
+    # A model that knows r* has pi* of beta 0.5; one with the opposite order has accuracy 0.
+    prompt = training_prompts()[3]
+    base = torch.tensor([0.99 * w for *_, w in answers(*prompt)], dtype=torch.float64).log()
+    truth = runs.outcome_rewards(prompt)[:-1]
+    monkeypatch.setattr(runs, "base_logps", lambda tuning: ([prompt], base[None],
+                                                            torch.full((1, 288), 20)))
+    monkeypatch.setattr(runs, "load_run", lambda path: FinishedRun(None, None, {}))
+    monkeypatch.setattr(runs, "Tokenizer", lambda path: None)
+    monkeypatch.setattr(runs, "world_trees", lambda *_: None)
+    for sign, accuracy in ((1, 1.0), (-1, 0.0)):
+        monkeypatch.setattr(runs, "tree_rewards", lambda *_, sign=sign: sign * truth)
+        scores = runs.measure_reward_model(Run(Cell("hh", "reward_model"), 1e-3, 1))
+        assert scores["reward accuracy"] == accuracy
+        assert (scores["KL(pi||pi*)"] < 1e-9) == (sign == 1)
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -66,12 +106,15 @@ def test_every_cell_is_a_command_that_parses(monkeypatch):
     monkeypatch.setattr(ppo, "read_run", lambda path: run_json)
     for cell in {cell for table in TABLES.values() for cell in table.cells}:
         assert cell.data in DATASETS
-        run = Run(cell, 1e-3, 2)
-        if run.reward_model:
+        if ("learning_rate", run_rate := cell.rates[0]) not in cell.flags:
+            run_rate = 1e-3
+        run = Run(cell, run_rate, 2)
+        if cell.method.endswith("rlhf"):
             args = ppo.parse_args(arguments(run))
         else:
             args = train.parse_args(arguments(run), runs.ALL_METHODS)
-        assert args.learning_rate == 1e-3 and args.seed == 2
+        assert args.learning_rate == run_rate and args.seed == 2
+        assert cell.after is None or args.sft_adapter.endswith("sft/lr0.003-seed2/final")
         assert all(getattr(args, name) == value for name, value in (
             runs.RENAMED.get(flag, flag) for flag in cell.flags))
         assert cell.tuned_as is None or not cell.tuned_as.tuned_as
@@ -89,18 +132,21 @@ def test_tuning_uses_training_prompts_and_a_test_uses_none_of_them(monkeypatch):
     monkeypatch.setattr(runs, "load_run", lambda path: FinishedRun(None, None, {}))
     monkeypatch.setattr(runs, "world_logps", world_logps)            # of base, then of policy
     monkeypatch.setattr(runs, "base_logps", runs.base_logps.__wrapped__)
-    monkeypatch.setattr(runs, "prompt_scores", lambda *_: {})
+    monkeypatch.setattr(runs, "kl_path", lambda *_: [])
+    monkeypatch.setattr(runs, "prompt_scores", lambda *_: dict.fromkeys(runs.PER_PROMPT, 0.5))
     for seed in (runs.TUNING_SEED, 1, 5):
         runs.measure(Run(Cell("hh", "ulma"), 1e-3, seed))
     assert used[0::2] == used[1::2]
     used = used[::2]
-    assert set(used[0]) <= set(training_prompts()) and len(used[0]) == 12
+    assert set(used[0]) <= set(training_prompts()) and len(used[0]) == 24
+    assert sum(verb in BAD_VERBS for verb, _ in used[0]) == 12       # half are harmful requests
     assert used[1] == used[2] and not set(used[1]) & set(training_prompts())
 
 
 def test_every_claim_is_about_cells_of_the_tables():
     keys = {cell.key for table in TABLES.values() for cell in table.cells}
-    assert not {cell.key for claim in CLAIMS for cell in (claim.better, claim.worse)} - keys
+    assert not {key for claim in PRIMARY + PAPER_CLAIMS + QUESTIONS for key in claim.keys} - keys
+    assert len(PRIMARY) <= 8
 
 
 @pytest.fixture

@@ -1,0 +1,90 @@
+"""The words of results/ that are no table. Every measured number in them is computed."""
+from textwrap import fill
+
+from study.optima import mean_optimum
+from study.rows import Study
+from study.tables import SHOWN, TABLES, shown
+
+SCORES_EXPLAINED = """Mean [95 % t interval over seeds, cut at what the score can be]; where a run
+left the world (off-world above one half) the median (smallest to largest). Seeds draw data, order
+and initialisation anew; intervals say nothing of other prompts. 40 prompts that no objective
+trained on, exact over 288 answers each. –: not kept when these runs were made.
+
+E[r]: true reward in nats, off-world mass counting as the worst answer; E[r] inside: of valid
+answers only. harmful, good: mass on harmful answers and on those with positive reward. off-world:
+mass on no valid answer. refusal: mass on openings that refuse. KL: nats; pi* is the optimum at beta
+0.5. entropy: of the answers, nats. perplexity: per token, of the best answer. win/tie/lose: against
+the data's chosen answer, and the base's. objective: E[r] - 0.5 KL(pi‖ref). With h = beta
+log(pi/pi_ref): reward slope: of h on r*, 1 is ideal; reward accuracy: share of pairs of answers
+that h orders as r* does; calibration error: mean of |sigma(h) - sigma(r*)| under the base, which
+takes Z(x) = 1 at its word (pi* itself is not at 0).
+"""
+
+START = """A difference is better - worse, seed by seed, with its 95 % t interval; p: Student's t,
+two-sided (one-sided where the claim is that at most {margin} nats are lost); sign-flip: exact over
+all signs, at least 2 / 2^n. The hypotheses and their rates were committed before the first of their
+runs; eight seeds were planned, n is what was run. Everything below them is exploratory: one family
+of Benjamini and Hochberg at 5 %, in which verdicts are by the adjusted p.
+
+The world (`world.py`): 288 answers to each prompt with known reward, so that every score is
+computed, not judged. {runs} runs in `runs.jsonl`, one thread each, seed 0 for tuning. A run: 2,432
+labelled answers (fewer where a table says so), one epoch, 76 steps of 32 answers or 16 pairs, beta
+0.5, LoRA r 8 on every layer. The tables dial, mixture, noise, artefacts, rewards and large start
+from another training of the base than the older rows, and are never paired with them. The older
+cells were tuned over 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 by the best of one seed on 12 prompts, 3 of them
+harmful requests; they were not retuned.
+
+What this cannot say: how large a gain is on a real language model, whether real labels follow
+Eq. 6, and what happens where answers cannot be listed. What it can: which objective turns the same
+labels into more reward, and where the rest of its probability goes.
+"""
+
+
+def listed(values: list[float]) -> str:
+    """1.00, 2.00 and 3.00"""
+    words = [f"{value:.2f}" for value in values]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def optima(method: str) -> str:
+    return listed([mean_optimum(f"shown-{how}", method)["E[r]"] for how in SHOWN])
+
+
+def reached(study: Study, method: str) -> str:
+    """E[r] of the dial's cells that were run, means over seeds."""
+    cells = [shown(how, method).key for how in SHOWN]
+    means = [sum(study.values(key, "E[r]").values()) / len(study.results[key])
+             for key in cells if study.has(key)]
+    return listed(means) if means else "nothing yet"
+
+
+def headline(study: Study, papers: str) -> str:
+    """Three sentences; papers: how many of the papers' claims hold, fail, are undecided."""
+    return fill(
+        "ULMA is worth what its demonstrations are worth: with infinite data it ends at "
+        f"{optima('ulma')} nats where the chosen answers are Bradley-Terry winners, the best of 4, "
+        "the best of 16 or one of the 16 best of 288, SFT on the same data at "
+        f"{optima('sft')}, DPO at {optima('dpo')}, pi* at {mean_optimum('hh', 'pi*')['E[r]']:.2f}. "
+        f"Runs of 76 steps reached {reached(study, 'ulma')} with ULMA, {reached(study, 'sft')} "
+        f"with SFT and {reached(study, 'dpo')} with DPO. Of the papers' claims {papers}; where all "
+        "its objectives have an optimum, the optima decide most of a claim before training "
+        "([exact.md](exact.md)).", 100) + "\n"
+
+
+NOT_BUILT = (
+    "Not built: beta x rate retuned at 0.1 and 2 (120 runs), a quarter and four times the data "
+    "(60 runs, of 19 to 304 steps), negatives only at 76 steps with a rate per variant (80 runs), "
+    "PPO of 40 and 160 steps beside its reward model (30 runs, up to 2 minutes each), a second set "
+    "of answers with other lengths (a new base model and 40 runs), whole verbs held out (the dial "
+    "again, about 130 runs), tuning with two seeds and factors of 2 everywhere (some 400 runs), "
+    "scores along the way for the speed of convergence (60 runs).")
+
+
+def not_run(study: Study) -> str:
+    """What is missing, and what it would cost."""
+    cells = {cell for table in TABLES.values() for cell in table.cells}
+    missing = sum(max(0, cell.seeds - len(study.results.get(cell.key, ()))) for cell in cells)
+    return "## Not run, and what it would cost\n\n" + fill(
+        f"{missing} of the {sum(cell.seeds for cell in cells)} runs that the tables ask for; a run "
+        "takes some 12 seconds on one idle core, and `make reproduce` does what is missing. "
+        + NOT_BUILT, 100) + "\n"
