@@ -39,7 +39,7 @@ from model import Llama, load_llama
 from step import METHODS, tree_rewards
 from study import real_scores as measuring
 from study.real_data import BATCH, BETA, Data
-from study.real_report import write_page
+from study.real_report import label, write_page
 from study.runs import Cell
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
@@ -110,8 +110,8 @@ def not_run(rows: list[dict]) -> list[str]:
     for stage in STAGES:
         runs = [run for run in plan(stage, rows) if run.key not in keys]
         if runs:
-            names = dict.fromkeys(run.cell.name for run in runs)
-            sentences.append(f"- `{stage}`: {len(runs)} runs ({', '.join(names)})" + (
+            names = dict.fromkeys(label(run.cell.name) for run in runs)
+            sentences.append(f"- `{stage}`: {len(runs)} runs ({'; '.join(names)})" + (
                 f", about {len(runs) * each / 60:.0f} minutes at the pace of those above"
                 if stage != "qa" else ", whose pairs have about five times the tokens"))
     return sentences

