@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
         totals = accumulate_gradient(
             model, setup.reference,
             show_progress(micro_batches(shares[ranks.rank], objective.method, compute, passes),
-                          f"step {step + 1}: micro-batch", shown=ranks.is_first),
+                          f"step {step + 1}, micro-batch", shown=ranks.is_first),
             batch_counts(batch), log_z.objective_for(batch), compute)
         *totals, stop_signal = all_reduce_gradients_(
             parameters, torch.cat([totals, totals.new_tensor([ranks.stop.signal])]))

@@ -94,7 +94,7 @@ def measure(model: Llama, reference: Reference | None, trees: list[Tree], comput
     model.eval()
     try:
         parts = [measure_group(model, reference, group, compute) for group in show_progress(
-            groups, "held out: micro-batch", len(groups), ranks.is_first)]
+            groups, "held out, micro-batch", len(groups), ranks.is_first)]
     finally:
         model.train(was_training)
     return joined([part for parts in gather(parts) for part in parts])
