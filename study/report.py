@@ -150,9 +150,11 @@ Found = list[tuple[Claim, Comparison, float, str]]          # …, adjusted p, v
 
 def try_claims(study: Study, claims: Sequence[Claim],
                adjust: Callable[[Sequence[float]], list[float]]) -> Found:
-    """What came out of every claim whose cells were run with two seeds or more."""
+    """What came out of every claim whose cells have two seeds or more, all of one base model."""
     tried = [claim for claim in claims if study.has(*claim.keys)
-             and min(len(study.results[key]) for key in claim.keys) > 1]
+             and min(len(study.results[key]) for key in claim.keys) > 1
+             and len({row["runs"] for key in claim.keys
+                      for row in study.results[key].values()}) == 1]
     found = [compare(study, claim) for claim in tried]
     adjusted = adjust([comparison.p for comparison in found])
     return [(claim, comparison, p, verdict(claim, comparison, p))

@@ -66,3 +66,5 @@ def test_claims_without_two_seeds_of_every_cell_are_left_out():
     study = sort_rows(rows_of({("x", "a"): [1.0, 2.0], ("x", "b"): [0.0, 0.5], ("x", "c"): [0.0]}))
     claims = [Claim("", "", ("x", "a"), ("x", other)) for other in "bcd"]
     assert [row[0] for row in try_claims(study, claims, holm)] == claims[:1]
+    study.results["x", "b"][1]["runs"] = "another base"
+    assert not try_claims(study, claims, holm)
