@@ -168,10 +168,12 @@ def execute(run: Run) -> dict[str, object]:
     if os.path.isfile(run.scores_file):
         return read_json(run.scores_file)
     os.makedirs(os.path.dirname(run.folder), exist_ok=True)
-    argv = [*arguments(run), "--overwrite_output_dir"]       # what a killed run left
-    with open(run.folder + ".log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    argv = arguments(run)                                    # a run that was killed goes on
+    with open(run.folder + ".log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            if run.cell.method.endswith("rlhf"):
+            if os.path.isdir(os.path.join(run.folder, "final")):
+                pass                                         # killed while it was measured
+            elif run.cell.method.endswith("rlhf"):
                 ppo.main(argv)
             else:
                 train.main(argv, methods=ALL_METHODS)

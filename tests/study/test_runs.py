@@ -1,4 +1,5 @@
 """study/runs.py and tables.py: exact scores by hand, commands, runs that are not done twice."""
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,19 +173,28 @@ def test_a_run_gives_the_same_numbers_twice_and_is_not_done_again(small_world, m
     assert first["KL(pi||ref)"] > 0 and "step" in open(run.folder + ".log").read()
 
 
-def test_a_run_without_scores_is_trained_anew_to_the_same_numbers(small_world):
+def test_a_run_that_was_killed_while_it_was_measured_is_measured(small_world, monkeypatch):
     run = Run(Cell("hh", "ulma"), 1e-2, 1)
     first = execute(run)
-    (Path(run.folder) / "scores.json").unlink()    # as a kill would
+    (Path(run.folder) / "scores.json").unlink()
+    monkeypatch.setattr(runs.train, "main", None)               # a second training would raise
+    assert execute(run) == first
+
+
+def test_a_run_that_was_killed_while_it_trained_goes_on_to_the_same_numbers(small_world):
+    run = Run(Cell("hh", "ulma"), 1e-2, 1)
+    first = execute(run)
+    (Path(run.folder) / "scores.json").unlink()
+    shutil.rmtree(f"{run.folder}/final")
     assert execute(run) == first
 
 
 def test_a_run_that_another_process_trains_is_left_alone(small_world):
     # Bug this catches: of two studies at once, one removed the folder that the other wrote to.
     run = Run(Cell("hh", "ulma"), 1e-2, 1)
-    checkpoint = Path(run.folder) / "checkpoint-1"
-    checkpoint.mkdir(parents=True)
-    (checkpoint.parent / "args.json").write_text("{}")
+    Path(run.folder).mkdir(parents=True)
+    log = Path(run.folder + ".log")
+    log.write_text("step 1\n")
     with locked(f"{run.folder}/.lock", run.folder), pytest.raises(ValueError, match="in use by"):
         execute(run)
-    assert checkpoint.exists()
+    assert log.read_text() == "step 1\n"
