@@ -22,6 +22,7 @@ from files.cli import exit_code, leave, sentence_of, tell_torchrun
 from model import Llama
 
 BUCKET_BYTES = 64 * 2 ** 20      # gradients copied together for one all-reduce
+CONNECT = timedelta(minutes=2)   # to find torchrun, which is there before its ranks are
 MAX_GRAD_NORM = 1.0              # gradients are clipped to this norm
 
 
@@ -93,7 +94,13 @@ def set_up_processes() -> tuple[int, int, torch.device]:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = own_device()
     if world_size > 1:
-        store, *_ = next(dist.rendezvous("env://"))
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=CONNECT))
+        except dist.DistNetworkError:
+            raise ValueError(
+                f"nothing answers at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where "
+                "torchrun of the first machine should be: it has ended, or is out of reach") from None
+        store.set_timeout(dist.constants.default_pg_timeout)       # for peers that start slowly
         # torchrun's store outlives a restart: without a prefix the addresses of dead ranks are read
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,

@@ -1,9 +1,11 @@
 """Ranks: sums over them, sharded layers, the stop, the schedule; a process left as it was."""
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from conftest import ONE_THREAD
 from helpers import kill_with_workers, run_ranks
 
+import training.ranks
 from training.ranks import Stop, flushes_denormals, learning_rate, running, set_up_processes
 
 
@@ -125,7 +128,7 @@ def test_what_ends_a_rank_ends_all_with_one_sentence_and_they_can_be_restarted(t
 
 def test_each_attempt_of_torchrun_has_keys_of_its_own(monkeypatch):
     store, stores = dist.HashStore(), []
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: stores.append(store))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for attempt in range(3):
@@ -148,6 +151,19 @@ with running() as (ranks, _), ranks.stop:
     Path(f"saved{ranks.rank}").touch()                   # that it can go on is another test's
     sys.exit(143)
 """
+
+
+def test_a_rank_whose_torchrun_was_killed_before_it_joined_leaves(monkeypatch):
+    # Bug this catches: ranks that were starting when torchrun was killed waited half an hour.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(training.ranks, "CONNECT", timedelta(seconds=1))
+    with pytest.raises(ValueError, match=f"nothing answers at 127.0.0.1:{port}, where torchrun"):
+        set_up_processes()
 
 
 def test_workers_whose_torchrun_is_killed_save_and_leave(tmp_path):
