@@ -211,7 +211,7 @@ def draw_kinds(plt: ModuleType, study: Study, found: "Found") -> "Figure":
             for axis, score in zip(axes, ("E[r]", "refusal"), strict=True):
                 axis.plot(mean("harmful", True), mean(score, False), color=colour, marker=marker,
                           markersize=size, markeredgecolor=BLACK, linestyle="",
-                          label=method_label(cell.name) if how == "bt" or after else None)
+                          label=method_label(cell.name))
     for axis, label in zip(axes, ("E[r], nats", "refusing openings"), strict=True):
         axis.set_xlabel("harmful mass on harmful requests")
         axis.set_ylabel(f"{label}, harmless requests")
