@@ -234,7 +234,7 @@ def anchor_rows(source: AnchorSource, step: int, numbers: list[int],
                 for i, number in enumerate(numbers)]
     negatives, anchors = (                   # apart: together would be another order of sums
         tree_logps(source.reference, anchored, lambda score, z=z: score == z,
-                        source.mean_logps, source.compute) for z in (0, 1))
+                   source.mean_logps, source.compute) for z in (0, 1))
     return [{"tree": number, "anchor_ids": tree.response_ids[1:],
              "reference_logps": of_negative[:1] + of_anchors[1:]}
             for number, tree, of_negative, of_anchors in zip(

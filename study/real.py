@@ -25,7 +25,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -40,7 +39,7 @@ from step import METHODS, tree_rewards
 from study import real_scores as measuring
 from study.real_data import BATCH, BETA, Data
 from study.real_report import label, write_page
-from study.runs import Cell
+from study.runs import Cell, Training
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
 from training.flags import WORLD_FLAGS
@@ -59,28 +58,15 @@ STAGES = {"first": [Cell("hh", method) for method in FIRST], "more": list(MORE),
           "qa": [Cell("qa", method) for method in FIRST]}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training of a cell; a learning rate of 0 is the base model, which is only measured."""
-    cell: Cell
-    learning_rate: float
-    seed: int
-
-    @property
-    def key(self) -> dict:
-        """What a line of real.jsonl says it is of."""
-        return {"data": self.cell.data, "method": self.cell.name, "seed": self.seed,
-                "learning_rate": self.learning_rate}
-
-
 # ---- the plan -----------------------------------------------------------------------------------
 
-def base_run(data: str) -> Run:
-    return Run(Cell(data, "base"), 0, 1)
+def base_run(data: str) -> Training:
+    """The base model, which is only measured."""
+    return Training(Cell(data, "base"), 0, 1)
 
 
-def judge_run(data: str) -> Run:
-    return Run(Cell(data, "reward_model"), MIDDLE, 1)
+def judge_run(data: str) -> Training:
+    return Training(Cell(data, "reward_model"), MIDDLE, 1)
 
 
 def best_rate(cell: Cell, rows: list[dict]) -> float:
@@ -90,15 +76,16 @@ def best_rate(cell: Cell, rows: list[dict]) -> float:
     return max(RATES, key=accuracy.get) if set(RATES) <= set(accuracy) else MIDDLE
 
 
-def plan(stage: str, rows: list[dict]) -> list[Run]:
+def plan(stage: str, rows: list[dict]) -> list[Training]:
     """The runs of a stage, in order; those of `seeds` take the rate that `rates` found."""
     cells = STAGES[stage]
     before = [judge_run(cells[0].data), base_run(cells[0].data)]
     if stage == "rates":
-        return before + [Run(cell, rate, TUNING_SEED) for cell in cells for rate in RATES]
+        return before + [Training(cell, rate, TUNING_SEED) for cell in cells for rate in RATES]
     if stage == "seeds":
-        return before + [Run(cell, best_rate(cell, rows), seed) for seed in SEEDS for cell in cells]
-    return before + [Run(cell, MIDDLE, 1) for cell in cells]
+        return before + [Training(cell, best_rate(cell, rows), seed)
+                         for seed in SEEDS for cell in cells]
+    return before + [Training(cell, MIDDLE, 1) for cell in cells]
 
 
 def not_run(rows: list[dict]) -> list[str]:
@@ -157,18 +144,18 @@ class Study:
     def rows_file(self) -> str:
         return os.path.join(self.args.out, "real.jsonl")
 
-    def row_of(self, run: Run) -> dict | None:
+    def row_of(self, run: Training) -> dict | None:
         wanted = run.key | {"settings": self.of(run.cell.data).settings}
         return next((row for row in self.rows() if wanted.items() <= row.items()), None)
 
     # training
 
-    def folder(self, run: Run) -> str:
+    def folder(self, run: Training) -> str:
         name = run.cell.name.replace(" ", ",")
         return os.path.join(self.of(run.cell.data).folder,
                             f"{name}-lr{run.learning_rate:g}-seed{run.seed}")
 
-    def arguments(self, run: Run) -> list[str]:
+    def arguments(self, run: Training) -> list[str]:
         """The command line of train.py."""
         method, data = METHODS[run.cell.method], self.of(run.cell.data)
         flags = {"method": run.cell.method, "model_name_or_path": self.args.model,
@@ -189,16 +176,16 @@ class Study:
                 for part in (f"--{name}", *str(value).split(" "))]
         return argv + ["--bf16"] * self.args.bf16
 
-    def sft_of(self, run: Run) -> Run:
-        return Run(Cell(run.cell.data, "sft"), run.learning_rate, run.seed)
+    def sft_of(self, run: Training) -> Training:
+        return Training(Cell(run.cell.data, "sft"), run.learning_rate, run.seed)
 
-    def train(self, run: Run) -> None:
+    def train(self, run: Training) -> None:
         if "sft_adapter" in dict(run.cell.flags):
             self.train(self.sft_of(run))
         if run.learning_rate and not os.path.isdir(os.path.join(self.folder(run), "final")):
             train.main(self.arguments(run))
 
-    def model_of(self, run: Run) -> tuple[Llama, Tensor | None]:
+    def model_of(self, run: Training) -> tuple[Llama, Tensor | None]:
         """(the run's model, in float32; log-probs of the held-out pairs under its own reference,
         where that is not the base)."""
         if not run.learning_rate:
@@ -225,7 +212,7 @@ class Study:
         return self.of(name).cached("judged-pairs", lambda: pairs.of(
             tree_rewards(judge, pairs.trees)))
 
-    def measure(self, run: Run) -> dict:
+    def measure(self, run: Training) -> dict:
         """All scores of a run; of a tuning run those of the tuning pairs alone."""
         name, data = run.cell.data, self.of(run.cell.data)
         if METHODS.get(run.cell.method, METHODS["sft"]).reward_model:
@@ -245,7 +232,7 @@ class Study:
         return scores | self.measure_answers(run, model) | {
             "perplexity/neutral": measuring.neutral_perplexity(model, self.tokenizer)}
 
-    def measure_answers(self, run: Run, model: Llama) -> dict:
+    def measure_answers(self, run: Training, model: Llama) -> dict:
         """Scores of the run's own answers to held-out prompts, and its answers to mild ones."""
         name, data = run.cell.data, self.of(run.cell.data)
         answers = measuring.own_answers(model, self.tokenizer, data.prompts, self.args.new_tokens)
@@ -264,7 +251,7 @@ class Study:
 
     # the schedule
 
-    def execute(self, run: Run, left: int) -> None:
+    def execute(self, run: Training, left: int) -> None:
         """Train and measure a run, add its line, write the page."""
         start = time.perf_counter()
         estimate = time_left(start - self.start, self.executed, self.executed + left)

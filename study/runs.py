@@ -88,11 +88,21 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training of a cell; seed 0 is for tuning the learning rate."""
+class Training:
+    """One training of a cell, on the world or not; seed 0 is for tuning the learning rate."""
     cell: Cell
     learning_rate: float
     seed: int
+
+    @property
+    def key(self) -> dict:
+        """What a line of results says it is of."""
+        return {"data": self.cell.data, "method": self.cell.name, "seed": self.seed,
+                "learning_rate": self.learning_rate}
+
+
+class Run(Training):
+    """A training on the world."""
 
     @property
     def folder(self) -> str:
@@ -115,8 +125,7 @@ class Run:
 
     def row(self) -> dict:
         """What runs.jsonl holds of the run beside its scores."""
-        return {"data": self.cell.data, "method": self.cell.name, "seed": self.seed,
-                "learning_rate": self.learning_rate, "runs": work_folder()}
+        return self.key | {"runs": work_folder()}
 
 
 @cache
@@ -158,6 +167,18 @@ def arguments(run: Run) -> list[str]:
     return argv
 
 
+def train_run(run: Run) -> None:
+    """Train a run, or go on with one that was killed; one that is trained already stays."""
+    if os.path.isdir(os.path.join(run.folder, "final")):
+        return
+    os.makedirs(os.path.dirname(run.folder), exist_ok=True)
+    with open(run.folder + ".log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        if run.cell.method.endswith("rlhf"):
+            ppo.main(arguments(run))
+        else:
+            train.main(arguments(run), methods=ALL_METHODS)
+
+
 def execute(run: Run) -> dict[str, object]:
     """Train and measure a run unless that is done; returns its scores.
 
@@ -167,20 +188,12 @@ def execute(run: Run) -> dict[str, object]:
     torch.set_num_threads(1)
     if os.path.isfile(run.scores_file):
         return read_json(run.scores_file)
-    os.makedirs(os.path.dirname(run.folder), exist_ok=True)
-    argv = arguments(run)                                    # a run that was killed goes on
-    with open(run.folder + ".log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        try:
-            if os.path.isdir(os.path.join(run.folder, "final")):
-                pass                                         # killed while it was measured
-            elif run.cell.method.endswith("rlhf"):
-                ppo.main(argv)
-            else:
-                train.main(argv, methods=ALL_METHODS)
-        except FloatingPointError:
-            if run.seed != TUNING_SEED:
-                raise
-            return {"E[r]": -math.inf}
+    try:
+        train_run(run)
+    except FloatingPointError:
+        if run.seed != TUNING_SEED:
+            raise
+        return {"E[r]": -math.inf}
     scores = (measure_reward_model if run.cell.method.endswith("reward_model") else measure)(run)
     write_text(run.scores_file, json.dumps(scores, indent=2))
     return scores

@@ -139,6 +139,12 @@ D2O_SCORES = ("E[r]", "harmful", "good", "off-world", "KL(ref||pi)")
 Z_SCORES = ("E[r]", "KL(pi||pi*)", "objective", "calibration error", "reward slope",
             "reward accuracy")
 
+
+def dial_rate(method: str) -> float:
+    """The middle one of a method's rates on the dial."""
+    return RATES[method][len(RATES[method]) // 2]
+
+
 TABLES = {
     "dial": Table(
         "The dial of demonstrations: how good the chosen answers are",
@@ -151,13 +157,13 @@ TABLES = {
         "Half demonstrations (one of the 16 best, label 1), half QA-like points. Rates are the "
         "dial's, not tuned here.",
         (MAIN, NEW_SCORES),
-        [fixed("mixture", method, RATES[method][len(RATES[method]) // 2], 3)
+        [fixed("mixture", method, dial_rate(method), 3)
          for method in ("sft", "ulma", "pointwise_dpo", "kto")]),
     "noise": Table(
         "Label noise: chosen and rejected exchanged in 30 % of BT pairs",
         "Rates are the dial's, not tuned here.",
         (MAIN, NEW_SCORES),
-        [fixed("noise-30", method, RATES[method][len(RATES[method]) // 2], 2)
+        [fixed("noise-30", method, dial_rate(method), 2)
          for method in ("sft", "ulma", "pointwise_dpo", "dpo")]),
     "artefacts": Table(
         "Settings that decided a verdict, changed",

@@ -8,11 +8,11 @@ from conftest import finish
 
 from data import Record
 from study import real, real_report, real_scores
-from study.real import Run, best_rate, plan
+from study.real import best_rate, plan
 from study.real_data import fitting_pairs, split
 from study.real_scores import (calibration, distinct, length_balanced, length_matched,
                                outcome_shares, refuses, standard_error)
-from study.runs import Cell
+from study.runs import Cell, Training
 from tokenizer import Tokenizer
 
 # ---- formulas -----------------------------------------------------------------------------------
@@ -94,10 +94,10 @@ def test_pairs_that_would_be_cut_are_left_out(tmp_path, tiny_model):
 
 def test_seeds_take_the_rate_with_the_best_accuracy_once_all_are_run():
     cell = Cell("hh", "dpo")
-    rows = [Run(cell, rate, 0).key | {"accuracy": accuracy} for rate, accuracy in
+    rows = [Training(cell, rate, 0).key | {"accuracy": accuracy} for rate, accuracy in
             zip(real.RATES, (0.5, 0.6, 0.7), strict=True)]
     assert best_rate(cell, rows[:2]) == real.MIDDLE and best_rate(cell, rows) == real.RATES[2]
-    rows[2] = Run(cell, real.RATES[2], 0).key | {"failed": "loss nan"}
+    rows[2] = Training(cell, real.RATES[2], 0).key | {"failed": "loss nan"}
     assert best_rate(cell, rows) == real.RATES[1]
     runs = plan("seeds", rows)
     assert [run.cell.method for run in runs[:2]] == ["reward_model", "base"]
