@@ -72,10 +72,11 @@ class LoRALinear(nn.Module):
         self.weight = base.weight.requires_grad_(False)
         self.updates = getattr(base, "updates", ())
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        place = {"dtype": wide, "device": self.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, self.weight.shape[1], **place))
-        self.lora_B = nn.Parameter(torch.zeros(self.weight.shape[0], r, **place))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # drawn on the CPU: a seed gives the same adapter on every device
+        lora_A = torch.empty(r, self.weight.shape[1], dtype=wide, device="cpu")
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(lora_A.to(self.weight.device))
+        self.lora_B = nn.Parameter(self.lora_A.new_zeros(self.weight.shape[0], r))
         self.scaling, self.dropout, self.enabled = alpha / r, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
