@@ -58,8 +58,7 @@ from world import base_model, data_file, ensure_world
 
 ANSWER_TOKENS = 64       # of the answers that --eval_steps shows
 KERNELS = {              # --kernels: what computes log-probs, and attention
-    "auto": ("auto", "auto"), "torch": ("torch", "dense"), "flex": ("triton", "flex"),
-    "triton": ("triton", "tree")}
+    "auto": ("auto", "auto"), "torch": ("torch", "dense"), "triton": ("triton", "tree")}
 
 
 # ---- the step -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Attention over shared prompts: dense blocks, FlexAttention, our own kernels. Right, then fast.
+"""Attention over shared prompts: our kernels, dense blocks, FlexAttention. Right, then fast.
 
     python bench/attention.py --dataset test.jsonl.gz --tokenizer tokenizer.model
     python bench/attention.py ... --responses 12 --out bench/results/attention-d2o.json
@@ -9,6 +9,8 @@ many each, as D2O's. First the output and gradients of each implementation are c
 float32: an error above twice that of dense bf16 ends the script. Then milliseconds, medians of
 interleaved runs, and the time the host takes to prepare a stream. On a CPU, a dry run at a small
 size: dense, FlexAttention's forward, and our kernels where TRITON_INTERPRET=1 is set.
+
+FlexAttention is compiled from the rule, over torch's own block mask.
 """
 import argparse
 import json
@@ -16,14 +18,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from breakdown import ROOT, environment, hh_trees, synchronize
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kernels.attention import ATTENTIONS, Segments, attention, attention_segments
+from kernels.attention import ATTENTIONS, attention, attention_segments
 from kernels.tree_attention import tree_attention_problem, tree_blocks
 from packing import Stream, build_stream, pack
 
@@ -41,9 +44,37 @@ def make_stream(dataset: str, tokenizer: str, tokens: int, responses: int) -> St
     return build_stream(pack(trees, tokens)[0])
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, segments: Segments) -> list[Tensor]:
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]      # q, k, v [T, H, Dh] -> [T, H, Dh]
+
+
+@cache
+def compiled_flex_attention() -> Callable:
+    return torch.compile(flex_attention)
+
+
+def prepare_flex(ids: tuple[list[int], list[int]], device: str) -> Attend:
+    """FlexAttention over one stream."""
+    tree_ids, branch_ids = (torch.tensor(part, device=device) for part in ids)
+
+    def sees(batch, head, i, j):
+        same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
+        return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
+    mask = create_block_mask(sees, None, None, len(tree_ids), len(tree_ids), device=device)
+    flex = compiled_flex_attention() if device == "cuda" else flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))                   # [1, H, T, Dh]
+        return flex(q, k, v, block_mask=mask)[0].transpose(0, 1)
+    return attend
+
+
+def prepare_ours(how: str, ids: tuple[list[int], list[int]], device: str) -> Attend:
+    return partial(attention, segments=attention_segments(*ids, device, how))
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, attend: Attend) -> list[Tensor]:
     """[output, dq, dk, dv]; without gradients (FlexAttention on a CPU) the output alone."""
-    output = attention(q, k, v, segments)
+    output = attend(q, k, v)
     if not q.requires_grad:
         return [output]
     return [output, *torch.autograd.grad(output, (q, k, v), upstream)]
@@ -113,10 +144,12 @@ def main() -> None:
                 upstream.to(dtype)]
 
     names = [name for name in ATTENTIONS if name != "tree" or not tree_attention_problem(device)]
-    prepare = {name: partial(attention_segments, *ids, device, name) for name in names}
-    segments = {name: prepare[name]() for name in names}
-    runs = {name: partial(run, *inputs(name, dtype), segments[name]) for name in names}
-    expected = run(*inputs("dense", torch.float32), segments["dense"])
+    prepare = {name: partial(prepare_ours, name, ids, device) for name in names}
+    prepare["flex"] = partial(prepare_flex, ids, device)
+    names.append("flex")
+    attends = {name: prepare[name]() for name in names}
+    runs = {name: partial(run, *inputs(name, dtype), attends[name]) for name in names}
+    expected = run(*inputs("dense", torch.float32), attends["dense"])
     errors = {name: [relative_error(*pair) for pair in zip(runs[name](), expected, strict=False)]
               for name in names}
     check(errors)

@@ -4,7 +4,7 @@
     ours-ulma          ULMA on the same responses (no reference for the good ones)
     ours-d2o           D2O: a bad response and K = 11 anchors share their prompt in one tree
     ours-d2o-unshared  the very same step with a copy of the prompt for each of the 12
-    …-dense, -tree     the same with that attention, see kernels/attention.py; on a GPU only
+    ours-dpo-dense     DPO with plain torch's attention, on a GPU
 
 All run their reference in the step, as the first epoch does. Imports torch and the project, so only
 workers import this file.

@@ -1,30 +1,24 @@
-"""Attention over a stream of trees: one rule for who sees whom, three ways to compute it.
+"""Attention over a stream of trees: one rule for who sees whom, two ways to compute it.
 
     Position i sees position j iff j <= i, both are in the same tree, and j is in the tree's prompt
     or in i's own response.
 
     dense    blocks of a few trees with explicit masks: the specification, and what a CPU runs
-    flex     the rule itself, compiled over blocks of 128 x 128 positions (FlexAttention); what a
-             GPU runs. Needs a GPU
-    tree     our own kernels, in tree_attention.py: no mask, and no hidden block is computed.
-             Needs a GPU
+    tree     our own kernels, in tree_attention.py: no mask, and no hidden block is computed; what a
+             GPU runs
 """
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .tree_attention import TreeSegments, tree_attention, tree_attention_problem, tree_blocks
 
-ATTENTIONS = ("dense", "flex", "tree")
+ATTENTIONS = ("dense", "tree")
 BLOCK_TOKENS = 256      # small trees share one dense block up to this size
-FLEX_BLOCK = 128        # positions of FlexAttention's blocks, its default
 STRIP_TOKENS = 128      # on a CPU a larger block is cut into strips of so many rows, which skips
                         # most of what its causal mask hides (not measured on a GPU)
 
@@ -38,17 +32,14 @@ def to_device(values: Tensor | list, device: torch.device | str) -> Tensor:
 
 
 def choose_attention(name: str, device_type: str) -> str:
-    """The attention of this name: "dense", "flex", "tree", or "auto".
+    """The attention of this name: "dense", "tree", or "auto".
 
-    name         "auto": dense on a CPU; flex on a GPU, where it was measured and is right (H100,
-                 torch 2.11)
+    name         "auto": tree on a GPU, dense elsewhere
     device_type  as of a torch.device
     raises       ValueError, in one sentence, if it cannot run here
     """
     if name == "auto":
-        return "flex" if device_type == "cuda" else "dense"
-    if name == "flex" and device_type != "cuda":
-        raise ValueError("flex attention needs a GPU; --kernels torch runs everywhere")
+        name = "tree" if device_type == "cuda" else "dense"
     if name == "tree" and (problem := tree_attention_problem(device_type)):
         raise ValueError(f"tree attention cannot run: {problem}; --kernels torch runs everywhere")
     return name
@@ -105,35 +96,7 @@ def causal_strips(mask: Tensor) -> list[Tensor]:
     return strips
 
 
-def flex_block_mask(tree_ids: Tensor, branch_ids: Tensor,
-                    device: torch.device | str) -> BlockMask:
-    """create_block_mask's result for the rule, found on the host: no [T, T] mask on the device, and
-    no wait for it."""
-    blocks = tree_blocks(tree_ids.tolist(), branch_ids.tolist()).long()
-    rows = blocks.repeat_interleave(blocks[:, 1] - blocks[:, 0], 0)              # [T, 6]
-    first = torch.arange(0, len(rows), FLEX_BLOCK)                               # of every block
-    seen = torch.zeros(len(first) * FLEX_BLOCK, len(first), dtype=torch.int64)
-    for start, end in ((rows[:, 2], rows[:, 3]), (rows[:, 4], torch.arange(len(rows)) + 1)):
-        seen[:len(rows)] += (torch.minimum(end[:, None], first + FLEX_BLOCK)     # keys in the block
-                             - torch.maximum(start[:, None], first)).clamp(min=0)
-    seen = seen.view(len(first), FLEX_BLOCK, -1).sum(1)            # pairs in each pair of blocks
-    tables = []
-    for of_queries in (seen, seen.T):
-        for listed in ((of_queries > 0) & (of_queries < FLEX_BLOCK ** 2),
-                       of_queries == FLEX_BLOCK ** 2):
-            listed = listed.int()
-            tables += [listed.sum(1), listed.argsort(stable=True, dim=1, descending=True)]
-    tables = [to_device(table.int()[None, None], device) for table in tables]
-    tree_ids, branch_ids = to_device(tree_ids, device), to_device(branch_ids, device)
-
-    def sees(batch, head, i, j):
-        same_branch = (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
-        return (j <= i) & (tree_ids[i] == tree_ids[j]) & same_branch
-    return BlockMask((len(rows), len(rows)), *tables, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
-                     mask_mod=sees)
-
-
-Segments = DenseSegments | BlockMask | TreeSegments
+Segments = DenseSegments | TreeSegments
 
 
 def attention_segments(tree_ids: list[int], branch_ids: list[int],
@@ -151,8 +114,6 @@ def attention_segments(tree_ids: list[int], branch_ids: list[int],
         blocks = tree_blocks(tree_ids, branch_ids)
         return TreeSegments(to_device(blocks, device), len(tree_ids))
     tree_ids, branch_ids = torch.as_tensor(tree_ids), torch.as_tensor(branch_ids)
-    if how == "flex" and len(tree_ids):
-        return flex_block_mask(tree_ids, branch_ids, device)
     in_strips = torch.device(device).type == "cpu"
     return DenseSegments(dense_blocks(tree_ids, branch_ids, in_strips)).to(device)
 
@@ -172,25 +133,6 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[list[Tensor]]
             outputs.append(F.scaled_dot_product_attention(
                 q_strip, k_block[:, :, :end], v_block[:, :, :end], attn_mask=mask))
     return torch.cat(outputs, dim=2)
-
-
-@cache
-def compiled_flex_attention() -> Callable:
-    # Compiled anew for each dtype, head size and grad mode, and for streams of one block. Beyond its
-    # limit torch would go on with all [T, T] scores in memory; with fullgraph it raises an error.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
-
-
-def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, all of them with a gradient if any is to have one.
-
-    In the first layer k often needs none, and for that alone FlexAttention would be compiled again;
-    its backward makes all three gradients anyhow.
-    """
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return tensors
-    return tuple(t if t.requires_grad else t.detach().requires_grad_() for t in tensors)
 
 
 def exact_backends(device_type: str) -> contextlib.AbstractContextManager:
@@ -216,17 +158,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None)
     """
     if isinstance(segments, TreeSegments):
         return tree_attention(q, k, v, segments)
-    if isinstance(segments, BlockMask):
-        q, k, v = alike(q, k, v)
     groups = q.shape[1] // k.shape[1]          # query heads per key head
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))                       # [1, H, T, Dh]
-    if isinstance(segments, BlockMask):
-        flex = compiled_flex_attention() if q.is_cuda else flex_attention
-        # torch has another kernel for fewer than 128 rows; all take the one that was checked
-        mixed = flex(q, k, v, block_mask=segments, kernel_options={"BACKEND": "TRITON"})
-        return mixed[0].transpose(0, 1)                                          # [T, H, Dh]
     with exact_backends(q.device.type):
         if segments is None:
             output = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -267,7 +267,8 @@ def tile_sizes(dtype: torch.dtype, two_sums: bool, on_amd: bool) -> dict[str, in
 
     two_sums  whether the kernel holds two tiles of sums, as that of dk and dv does
 
-    Proved, not measured: tests/kernels/test_tree_attention_code.py compiles them and looks.
+    No register spills (tests/kernels/test_tree_attention_code.py compiles them and looks), and of
+    what does not, these were fastest on an H100 (bench/README.md).
     """
     # Short steps: responses are short (45 tokens in HH), and on an H100 three programs of the
     # forward or of dq then fit a multiprocessor. float32 tiles are smaller, because a product
@@ -275,8 +276,9 @@ def tile_sizes(dtype: torch.dtype, two_sums: bool, on_amd: bool) -> dict[str, in
     rows, step = (32, 16) if dtype == torch.float32 else (64, 32)
     if on_amd:          # warps of 64 lanes; loading a step ahead takes registers that are not there
         return {"ROWS": rows, "STEP": step, "num_warps": 4, "num_stages": 1}
-    warps = 8 if two_sums or dtype == torch.float32 else 4
-    return {"ROWS": rows, "STEP": step, "num_warps": warps, "num_stages": 2}
+    if dtype == torch.float32:
+        return {"ROWS": rows, "STEP": step, "num_warps": 8, "num_stages": 2}
+    return {"ROWS": rows, "STEP": step, "num_warps": 4, "num_stages": 1 if two_sums else 3}
 
 
 def _launch(kernel, heads: int, q: Tensor, k: Tensor, segments: TreeSegments, *tensors: Tensor,

@@ -231,7 +231,6 @@ FLAGS = {      # flags, words of the sentence
     "bf16 of all weights": ("--bf16 --lora_r 0", "--bf16 with --lora_r 0"),
     "fsdp of all weights": ("--fsdp --lora_r 0", "--fsdp", "--lora_r 0"),
     "fsdp alone": ("--fsdp", "--fsdp needs two or more processes"),
-    "flex on a CPU": ("--kernels flex", "asked for and cannot run"),
     "targets": ("--lora_target_modules q_proj c_attn wte", "no linear layer is called c_attn, wte",
                 "q_proj", "v_proj"),
     "all held out": ("--held_out 1", "does not fit the data"),

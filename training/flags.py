@@ -113,9 +113,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
          help="run each layer again in the backward: less memory, a third more time")
     flag("--fsdp", action="store_true", help="shard the frozen layers over all ranks, for a model "
          "that one device cannot hold")
-    flag("--kernels", choices=("auto", "torch", "flex", "triton"), default="auto",
-         help="torch: plain torch, what a CPU runs; flex: log-probs in Triton, attention by "
-              "FlexAttention, what a GPU runs; triton: both in Triton")
+    flag("--kernels", choices=("auto", "torch", "triton"), default="auto",
+         help="of log-probs and attention; torch: plain torch, what a CPU runs; triton: our own, "
+              "what a GPU runs")
 
 
 def add_saving_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,11 @@
-"""Attention under one rule: dense blocks, FlexAttention on a CPU, and which way is chosen where.
+"""Attention under one rule: dense blocks, and which way is chosen where.
 
-test_tree_attention.py compares all ways with float64, output and gradients.
+test_tree_attention.py compares both ways with float64, output and gradients.
 """
 import pytest
 import torch
 from attention_rule import rule_mask, stream_ids, whole_mask
 from helpers import GQA, make_llama, random_trees
-from torch.nn.attention import flex_attention as flex_module
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.testing import assert_close
 
 import generate as generate_file
@@ -78,42 +76,7 @@ def test_blocks_are_cut_on_a_cpu_only():
     assert [[mask.shape for mask in masks] for masks in segments.blocks] == [[(300, 300)]]
 
 
-# ---- flex against it, and what holds for all ----------------------------------------------------
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_flex_equals_the_dense_blocks(kv_heads):
-    # The same trees, the same q, k, v in float64: outputs (torch has no backward of FlexAttention
-    # on a CPU). Trees with one and four responses, and one whose only response is its EOS (no token
-    # of its own is fed).
-    stream = build_stream(random_trees())
-    ids = stream.tree_ids.tolist(), stream.branch_ids.tolist()
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(len(ids[0]), heads, 8, dtype=torch.float64)
-               for heads in (4, kv_heads, kv_heads))
-    expected = attention(q, k, v, stream.segments)
-    found = attention(q, k, v, attention_segments(*ids, how="flex"))
-    assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 700, 1500])
-def test_flex_gets_the_block_mask_that_torch_would_make(tokens):
-    # Every table, from the rule itself. Prompts of 300 tokens and more have blocks that are seen as
-    # a whole.
-    generator, trees = torch.Generator().manual_seed(tokens), []
-    while sum(prompt + sum(responses) for prompt, responses in trees) < tokens:
-        prompt, *responses = torch.randint(1, 600, (3,), generator=generator).tolist()
-        trees.append((prompt, responses))
-    ids = [torch.tensor(part[:tokens]) for part in stream_ids(trees)]
-    found = attention_segments(*ids, how="flex")
-    expected = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
-    mask = rule_mask(*(part.tolist() for part in ids))
-    assert torch.equal(create_mask(found.mask_mod, None, None, tokens, tokens, "cpu")[0, 0], mask)
-    tables = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
-    for name in (*tables, *(f"full_{table}" for table in tables)):
-        mine, wanted = getattr(found, name), getattr(expected, name)
-        assert mine.dtype == wanted.dtype and torch.equal(mine, wanted), name
-    assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
-
+# ---- what holds for both ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("how", ATTENTIONS)
 def test_an_empty_stream_has_segments_and_an_empty_output(how):
@@ -155,29 +118,9 @@ def test_dense_on_a_gpu_never_runs_cudnn(masked, monkeypatch):
     assert seen == [exact] * 4 and enabled() == before
 
 
-def test_flex_is_compiled_once_for_each_grad_mode(monkeypatch):
-    # Lengths of several blocks; a first layer whose k needs no gradient and whose v is a view of
-    # another shape, as q_proj and v_proj adapters make it; and no fall back to all scores at the end.
-    graphs = []
-    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)     # CPU: no backward
-    flex = torch.compile(flex_module.flex_attention, dynamic=True, fullgraph=True,
-                         backend=lambda graph, _: graphs.append(1) or graph)
-    monkeypatch.setattr(attention_file, "flex_attention", flex)
-    for tokens in (300, 1000, 512):
-        ids = [i // 50 for i in range(tokens)], [i % 50 // 20 for i in range(tokens)]
-        segments = attention_segments(*ids, how="flex")
-        for first_layer in (False, True):
-            q, k = (torch.randn(tokens, 4, 16).requires_grad_() * 1 for _ in range(2))
-            v = (torch.randn(tokens, 64).requires_grad_() * 1).unflatten(1, (4, 16))
-            attention(q, k.detach() if first_layer else k, v, segments)
-            with torch.no_grad():
-                attention(q.detach(), k.detach(), v.detach(), segments)
-    assert len(graphs) == 2
-
-
-def test_auto_is_what_is_known_to_be_right_there():
+def test_auto_is_our_kernels_on_a_gpu():
     assert choose_attention("auto", "cpu") == "dense"
-    assert choose_attention("auto", "cuda") == "flex"
+    assert choose_attention("auto", "cuda") == "tree"
     assert choose_attention("auto", "mps") == "dense"
     for how in ATTENTIONS:
         assert choose_attention(how, "cuda") == how
@@ -185,19 +128,17 @@ def test_auto_is_what_is_known_to_be_right_there():
 
 def test_a_way_that_is_none_is_refused():
     # "auto" is resolved by choose_attention, and must not quietly become one of them here
-    with pytest.raises(ValueError, match="attention is 'auto'; expected one of dense, flex, tree"):
+    with pytest.raises(ValueError, match="attention is 'auto'; expected one of dense, tree"):
         attention_segments([0], [0], how="auto")
 
 
 def test_attention_that_cannot_run_here_is_refused(monkeypatch):
     assert choose_attention("dense", "cpu") == "dense"
-    with pytest.raises(ValueError, match="flex attention needs a GPU; --kernels torch runs everywhere"):
-        choose_attention("flex", "cpu")
     with pytest.raises(ValueError, match="tree attention cannot run: .*needs a GPU .*; --kernels torch"):
         choose_attention("tree", "cpu")
     monkeypatch.setattr(attention_file, "tree_attention_problem", lambda device_type: "no Triton")
     with pytest.raises(ValueError, match="tree attention cannot run: no Triton; --kernels torch"):
-        choose_attention("tree", "cuda")
+        choose_attention("auto", "cuda")
 
 
 # ---- only the rows that are asked for -----------------------------------------------------------

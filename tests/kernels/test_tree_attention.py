@@ -132,7 +132,7 @@ def test_heads_and_their_widths(how, device, dtype, heads, kv_heads, head_dim):
                     make_inputs(len(ids[0]), heads, kv_heads, head_dim, dtype, device))
 
 
-@pytest.mark.parametrize("how, device", WAYS + [("flex", "cuda")] * ON_GPU)
+@each_way
 @each_dtype
 @pytest.mark.parametrize("size", [64, 192] if INTERPRETED else [64, 192, 320])
 def test_scores_around_minus_120(how, device, dtype, size):
