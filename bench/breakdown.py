@@ -1,11 +1,14 @@
-"""Where the time of one training step goes, on a CPU, by kind of operation.
+"""Where the time of one training step goes, by kind of operation.
 
     python bench/breakdown.py --dataset test.jsonl.gz --tokenizer tokenizer.model
+    python bench/breakdown.py --dataset test.jsonl.gz --tokenizer tokenizer.model --device cuda \\
+        --size 7b --pairs 64 --micro_tokens 8192
 
-The step of bench/step.py (Llama D 512, L 8, V 32000, LoRA r 8 on q and v, HH pairs, fp32), on one
-thread, under torch's profiler: each operator's own time, summed over kinds. Beside it the work that
-the step cannot avoid: the floating-point operations of its matrix products and attention, at the
-rate of large matrix products, measured in the same process between the steps.
+The step of bench/step.py (LoRA r 8 on q and v, HH pairs; on a CPU Llama D 512, L 8, V 32000, fp32 on
+one thread, on a GPU bf16) under torch's profiler: each operator's own time, on a GPU each kernel's,
+summed over kinds. Beside it the work that the step cannot avoid: the floating-point operations of
+its matrix products and attention, at the rate of large matrix products, measured in the same
+process between the steps.
 """
 import argparse
 import json
@@ -27,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from task import BETA, LORA_ALPHA, LORA_R, LORA_TARGETS, SIZES, random_weights_
 
 from data import read_dataset
+from kernels import choose_linear_logps
+from kernels.attention import choose_attention
 from lora import add_lora, lora_disabled
 from model import Llama, LlamaConfig
 from packing import Tree, build_stream, make_trees
@@ -45,6 +50,13 @@ KINDS = {      # kind: parts of operator names
                                     "aten::sum", "aten::div"),
     "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::zero_",
                "aten::clone")}
+GPU_KINDS = {  # kind: parts of kernel names, the first that fits
+    "norms, rotary, SwiGLU": ("_rms_norm", "_rotary", "_swiglu"),
+    "attention": ("_forward", "_backward_q", "_backward_kv", "fmha"),
+    "matrix products": ("nvjet", "gemm", "gemv", "splitK", "cutlass"),
+    "log-probs of the head's logits": ("_logp_rows",),
+    "copies": ("Memcpy", "Memset", "copy", "index", "Cat", "fill"),
+    "sums of gradients, casts": ("elementwise",)}
 
 
 # ---- shared with the other scripts --------------------------------------------------------------
@@ -71,9 +83,10 @@ def hh_trees(dataset: str, tokenizer: str, pairs: int) -> list[Tree]:
     return make_trees(records[:pairs], Tokenizer(tokenizer), "all", 4096, 2048)
 
 
-def training_step(model: Llama, method: str, trees: list[Tree]) -> Callable[[], Tensor]:
+def training_step(model: Llama, method: str, trees: list[Tree],
+                  compute: Compute = Compute(micro_tokens=1024)) -> Callable[[], Tensor]:
     """A function that runs forward and backward of one batch; see train.accumulate_gradient."""
-    objective, compute = Objective(METHODS[method], beta=BETA), Compute(micro_tokens=1024)
+    objective = Objective(METHODS[method], beta=BETA)
     reference, counts = partial(lora_disabled, model), batch_counts(trees)
 
     def step() -> Tensor:
@@ -143,35 +156,43 @@ def necessary_flops(model: Llama, method: str, trees: list[Tree]) -> float:
 
 # ---- the breakdown ------------------------------------------------------------------------------
 
-def kind_of(operator: str) -> str:
-    return next((kind for kind, parts in KINDS.items()
+def kind_of(operator: str, kinds: dict[str, tuple[str, ...]] = KINDS) -> str:
+    return next((kind for kind, parts in kinds.items()
                  if any(part in operator for part in parts)), "everything else")
 
 
-def seconds_by_kind(step: Callable[[], Tensor]) -> dict[str, float]:
-    """One step under the profiler: each operator's own time, summed over KINDS."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+def seconds_by_kind(step: Callable[[], Tensor], device: str) -> dict[str, float]:
+    """One step under the profiler: each operator's own time, or each kernel's, summed over kinds."""
+    Activity, on_gpu = torch.profiler.ProfilerActivity, device == "cuda"
+    with torch.profiler.profile(activities=[Activity.CUDA if on_gpu else Activity.CPU]) as profile:
         step()
+        synchronize(device)
     spent = {}
     for event in profile.key_averages():
-        kind = kind_of(event.key)
-        spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total / 1e6
+        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue                                   # launches, which take the host's time
+        kind = kind_of(event.key, GPU_KINDS if on_gpu else KINDS)
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[kind] = spent.get(kind, 0.0) + own / 1e6
     return spent
 
 
-def measure(step: Callable[[], Tensor], necessary: float, repeats: int) -> dict:
+def measure(step: Callable[[], Tensor], necessary: float, repeats: int,
+            device: str = "cpu") -> dict:
     """Seconds of every step, rates of matrix products around them (GFLOP/s), and the share of the
     rate that each step reaches.
 
     necessary   of one step, 1e9 floating-point operations
     """
     step()                                                                       # warm up
-    seconds, rates = [], [matrix_rate()]                         # before and after each step
+    seconds, rates = [], [matrix_rate(device)]                   # before and after each step
     for _ in range(repeats):
+        synchronize(device)
         start = time.perf_counter()
         step()
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
-        rates.append(matrix_rate())
+        rates.append(matrix_rate(device))
     sustained = [mean / 1e9 for mean, _ in rates]
     fastest = [best / 1e9 for _, best in rates]
     shares = [necessary / s / ((before + after) / 2)
@@ -190,7 +211,7 @@ def show(result: dict) -> None:
           f"{statistics.median(shares):.0%} of the step ({min(shares):.0%} to {max(shares):.0%})\n")
     spent = result["self_s_by_kind"]
     for kind, value in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"  {kind:30} {value:6.2f} s  {value / sum(spent.values()):5.1%}")
+        print(f"  {kind:30} {value:6.3f} s  {value / sum(spent.values()):5.1%}")
 
 
 def main() -> None:
@@ -201,17 +222,24 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="the Llama's shape")
     parser.add_argument("--pairs", type=int, default=8, help="in the step")
     parser.add_argument("--method", choices=("dpo", "ulma", "pointwise_dpo"), default="dpo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--micro_tokens", type=int, default=1024, help="train.py --micro_tokens")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps, after one untimed")
     parser.add_argument("--out", help="JSON, default bench/results/breakdown-METHOD.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, trees = make_model(args.size), hh_trees(args.dataset, args.tokenizer, args.pairs)
-    step = training_step(model, args.method, trees)
+    on_gpu = args.device == "cuda"
+    model = make_model(args.size, torch.bfloat16 if on_gpu else torch.float32, args.device)
+    trees = hh_trees(args.dataset, args.tokenizer, args.pairs)
+    step = training_step(model, args.method, trees, Compute(
+        args.device, args.micro_tokens, choose_linear_logps("auto", args.device),
+        choose_attention("auto", args.device)))
     necessary = necessary_flops(model, args.method, trees) / 1e9
     result = {"method": args.method, "pairs": args.pairs,
               "tokens": sum(tree.num_tokens for tree in trees),
-              **measure(step, necessary, args.repeats),
-              "self_s_by_kind": seconds_by_kind(step), "threads": 1} | environment()
+              "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+              **measure(step, necessary, args.repeats, args.device),
+              "self_s_by_kind": seconds_by_kind(step, args.device), "threads": 1} | environment()
     show(result)
     out = Path(args.out or ROOT / f"bench/results/breakdown-{args.method}.json")
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -8,13 +8,16 @@ Stages run one after another, each in a process of its own with a limit of its o
 
     kernels        tests/kernels: kernels, attention and layers against float64 on the device
     runs           tests/test_gpu.py: train.py itself
+    layers         bench/layers.py: norms, rotary embedding, SwiGLU, an adapter; share of bandwidth
     head           bench/kernel.py: the vocabulary head against its bare products, TRL, Liger, ...
     attention      bench/attention.py: one layer over HH's pairs
     attention-d2o  the same over prompts with 12 responses
     step           bench/step.py at 7B's size: DPO against TRL as it comes and tuned
     step-others    ULMA, and D2O with and without shared prompts
+    breakdown      bench/breakdown.py: where the time of the DPO step goes
     generation     bench/generate.py at 7B's width, 8 layers, against transformers
-    load           bench/load.py: a 7B model and a step with checkpointed layers: does 24 GB do?
+    load           bench/load.py: a 7B model, the check at a run's start, and a step with
+                   checkpointed layers: does 24 GB do?
 
 After every stage --out is written: the card, versions, and of each stage its command, seconds, exit
 code, the end of its output and its numbers; so a run that is cut leaves what it has. A stage
@@ -64,8 +67,8 @@ class Stage:
 # ---- what runs ----------------------------------------------------------------------------------
 
 def pytest(*words: str) -> list[str]:
-    """The command of pytest, in 4 processes where pytest-xdist is installed."""
-    spread = ["-n", "4"] if util.find_spec("xdist") else []
+    """The command of pytest, in several processes where pytest-xdist is installed."""
+    spread = ["-n", str(max(1, min(8, os.cpu_count() // 2)))] if util.find_spec("xdist") else []
     return ["-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider", *spread, *words]
 
 
@@ -78,7 +81,7 @@ def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:
     """
     def script(name: str, stage: str, real: str, small: str = "") -> tuple[list[str], str]:
         out = str(folder / f"{stage}.json")
-        given = data if name in ("attention", "step") else []
+        given = data if name in ("attention", "step", "breakdown") else []
         return [f"bench/{name}.py", *given, *(small if dry else real).split(), "--out", out], out
 
     def bench(stage: str, limit: float, name: str, real: str, small: str,
@@ -93,14 +96,18 @@ def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:
     return [
         Stage("kernels", 100, pytest(*kernels)),
         Stage("runs", 130, pytest("tests/test_gpu.py")),
+        bench("layers", 30, "layers", "", "--tokens 8 --repeats 1"),
         bench("head", 45, "kernel", "", "--rows 128 --width 16 --vocab 100 --repeats 1"),
         bench("attention", 40, "attention", "", "--tokens 256 --repeats 1"),
         bench("attention-d2o", 40, "attention", "--responses 12",
               "--tokens 384 --responses 3 --repeats 1"),
-        bench("step", 150, "step", step + "ours-dpo trl-tuned trl ours-dpo-tree",
+        bench("step", 130, "step", step + "ours-dpo trl-tuned trl",
               small_step + "ours-dpo"),
         bench("step-others", 120, "step", step + "ours-ulma ours-d2o ours-d2o-unshared",
               small_step + "ours-ulma ours-d2o ours-d2o-unshared"),
+        bench("breakdown", 60, "breakdown",
+              "--device cuda --size 7b --pairs 64 --micro_tokens 8192 --repeats 2",
+              "--size tiny --pairs 2 --repeats 1"),
         bench("generation", 60, "generate",
               "--device cuda --precision bf16 --hidden_size 4096 --intermediate_size 11008 "
               "--layers 8 --heads 32 --batch_size 32 --new_tokens 128 --repeats 2",
@@ -145,7 +152,8 @@ def without_paths(text: str, folder: Path) -> str:
 def run(stage: Stage, limit: float, folder: Path, dry: bool) -> dict:
     """A stage's command, seconds, exit code (None: it was ended at its limit), output, numbers."""
     start, log = time.monotonic(), folder / "output"
-    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {}
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else (
+        {"OMP_NUM_THREADS": "2"} if "pytest" in stage.words else {})
     command = "python " + " ".join(os.path.basename(word) if os.path.isabs(word) else word
                                    for word in stage.words)
     row = {"stage": stage.name, "command": command, "limit_s": round(limit), "rc": None}

@@ -2,7 +2,7 @@
 
     python bench/load.py                       # 7B shape on the CPU: 14 GB of disk, 16 GB of memory
     python bench/load.py --source bin          # float16 .bin shards, as lmsys/vicuna-7b-v1.5 ships
-    python bench/load.py --device cuda # and a step of 8192 tokens with --gradient_checkpointing
+    python bench/load.py --device cuda          # and a step of 8192 tokens with --gradient_checkpointing
 
 A folder of random weights is written shard by shard, then read in a new process whose memory is
 watched from outside. Two peaks are reported: `anonymous` is memory the process must have; `file` is
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 MIN_AVAILABLE = 1.5 * 2 ** 30     # bytes; a run is stopped before the system runs out of memory
 FORWARD_TOKENS = 64
-STAGES = ("import", "load", "forward", "step")
+LAST_STAGE = "step"
 
 
 # ---- the model on disk --------------------------------------------------------------------------
@@ -86,7 +86,8 @@ def work(folder: str, device: str) -> None:
     """Load, forward, one ULMA step of LoRA r 8 on pairs; a JSON line after each stage.
 
     The step has two pairs on a CPU. On a GPU it fills train.py's default --micro_tokens, 8192, and
-    runs each layer again in the backward: what a card of 24 GB has to hold.
+    runs each layer again in the backward: what a card of 24 GB has to hold. Before it comes the
+    check at the start of every run, twice: compiling the kernels is in the first one's time.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -112,6 +113,7 @@ def work(folder: str, device: str) -> None:
     from packing import Tree
     from step import METHODS, Compute, Objective, batch_counts, micro_batches
     from train import accumulate_gradient
+    from training.start_check import check_start
 
     done("import", threads=torch.get_num_threads())
     model = load_llama(folder, torch.bfloat16, device)
@@ -131,6 +133,9 @@ def work(folder: str, device: str) -> None:
                   [1.0, 0.0], [(0, 1)]) for row in ids.tolist()]
     objective = Objective(METHODS["ulma"])
     compute = Compute(device, attention=choose_attention("auto", device))
+    if device == "cuda":
+        for stage in ("check", "check again"):
+            done(stage, errors=check_start(model, trees, compute))
     totals = accumulate_gradient(model, partial(lora_disabled, model),
                                  micro_batches(trees, objective.method, compute),
                                  batch_counts(trees), objective, compute)
@@ -186,14 +191,14 @@ def watch(folder: Path, device: str) -> list[dict]:
                 "peak_file_gb": max(peaks["RssFile"], now["RssFile"]) / 1e9,
                 "peak_resident_so_far_gb": now["VmHWM"] / 1e9}
             stages.append(stage)
-            print(f"{stage['stage']:8} {stage['seconds']:7.1f} s", file=sys.stderr)
+            print(f"{stage['stage']:11} {stage['seconds']:7.1f} s", file=sys.stderr)
             peaks.update(RssAnon=0, RssFile=0)
             worker.stdin.write("\n")
     finally:
         over.set()
         watcher.join()
         worker.stdin.close()
-        if len(stages) < len(STAGES):
+        if not stages or stages[-1]["stage"] != LAST_STAGE:
             worker.kill()
         code = worker.wait()
     if code:

@@ -1,4 +1,5 @@
 """Every script of bench/ at its smallest size: it runs, and its checks find what is wrong."""
+import dataclasses
 import json
 import math
 import subprocess
@@ -85,7 +86,7 @@ def test_unshared_prompts_give_the_gradient_of_shared_ones():
 
 def test_breakdown_of_a_step(inputs, tmp_path, monkeypatch, capsys):
     script, out = load_script("breakdown"), tmp_path / "breakdown.json"
-    monkeypatch.setattr(script, "matrix_rate", lambda: (2e9, 4e9))
+    monkeypatch.setattr(script, "matrix_rate", lambda device: (2e9, 4e9))
     run_script(script, monkeypatch, *inputs, "--size", "tiny", "--pairs", 2, "--method", "ulma",
                "--repeats", 2, "--out", out)
     result = json.loads(out.read_text())
@@ -142,6 +143,19 @@ def test_attention_is_right_before_it_is_timed(inputs, tmp_path, monkeypatch, ca
     assert result["ms_forward_backward"].keys() == {"dense", "flex"} == result["ms_prepare"].keys()
     with pytest.raises(SystemExit, match="flex is wrong"):
         script.check({"dense": [1e-3, 1e-3], "flex": [1e-3, 3e-3]})
+
+
+def test_layers_are_right_before_they_are_timed(tmp_path, monkeypatch, capsys):
+    script, out = load_script("layers"), tmp_path / "layers.json"
+    run_script(script, monkeypatch, "--tokens", 8, "--repeats", 1, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    # D 64, F 176, 8 tokens, float32: RMSNorm reads x and added, writes their sum and its norm
+    assert [row["forward"]["bytes"] for row in rows] == [8192, 8192, 16896, 6144]
+    assert all(row["errors"]["ours"] < 1e-6 for row in rows)
+    *_, update = script.make_cases(8, 64, 176, 4, torch.float32, "cpu")
+    wrong = dataclasses.replace(update, ours=lambda *inputs: 1.001 * update.plain(*inputs))
+    with pytest.raises(SystemExit, match="LoRA's update is wrong"):
+        script.check(wrong)
 
 
 def test_kernel_compares_losses_and_gradients_first(tmp_path, monkeypatch, capsys):
