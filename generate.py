@@ -70,9 +70,11 @@ from files.text import append_text
 from kernels.attention import attention_segments, exact_backends
 from lora import load_adapter, lora_disabled, start_from_adapter
 from model import Cache, Llama, LlamaConfig, linear, load_llama
-from packing import group_by_size, truncate
+from packing import Tree, group_by_size, truncate
+from step import Compute
 from training.checkpoint import check_order, tokenizer_after
 from training.output import file_flags, own_file, rows_done
+from training.start_check import checked
 
 PREFILL_TOKENS = 8192      # prompts go through the model in streams of up to this size
 HEAD_ROWS = 2000           # rows of the head per product: a CPU takes a fifth longer for 32,000
@@ -347,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         start_from_adapter(model, before)
     if args.adapter:
         load_adapter(model, args.adapter[-1])
+    ids = prompt_ids_of(model, tokenizer, [("Human", args.prompt or __doc__)], args.max_new_tokens)
+    checked(model, [Tree(ids, [ids[1:]], [1.0], [])], Compute(device), show=False)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
                         tokenizer.unused_ids(model.config.vocab_size))
     generator = torch.Generator().manual_seed(args.seed)

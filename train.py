@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
         with own_output_dir(args.output_dir, flags, ranks):
             setup = set_up(args, methods, ranks, device)
             flags |= checked(setup.model, [setup.trees[n] for n in setup.batches[0]], compute,
-                             ranks)
+                             ranks.is_first)
             if ranks.is_first:
                 claim_output_dir(args.output_dir, flags)
             ranks.barrier()

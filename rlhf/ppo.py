@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # nothing is sampled yet: every prompt answers itself
             trees = [Tree(list(ids), [list(ids)], [0.0], [])
                      for ids, _ in setup.prompts[:args.batch_size]]
-            flags |= checked(setup.models["policy"], trees, compute, ranks)
+            flags |= checked(setup.models["policy"], trees, compute, ranks.is_first)
             if ranks.is_first:
                 claim_output_dir(args.output_dir, flags)
             ranks.barrier()

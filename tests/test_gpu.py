@@ -17,6 +17,7 @@ from helpers import finish, flat_gradient, logged, make_trees, train_flags, usab
 from torch.testing import assert_close
 
 from files.cli import run_cli
+from generate import generate
 from kernels import choose_linear_logps
 from kernels.attention import ATTENTIONS
 from lora import add_lora, add_score_head, lora_disabled
@@ -144,12 +145,25 @@ def test_thirty_steps_follow_the_cpu_in_float32(flags, bound, tmp_path, model, p
             other["rewards/positive"], rel=10 * bound, abs=bound), mine["step"]
 
 
+def test_decoding_gives_the_cpus_tokens():
+    # Greedy, float32, prompts of several lengths; a row's bits may differ, its largest logit not.
+    small, prompts = small_model(), [[1, *range(3, 3 + n)] for n in (1, 5, 17, 40)]
+    found = [generate(small.to(device), prompts, 30, eos_id=None, temperature=0)
+             for device in ("cpu", "cuda")]
+    assert found[0] == found[1] and len({tuple(ids) for ids in found[0]}) == 4
+
+
+def small_model() -> Llama:
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96,
+                             num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
+
+
 def small_step(method="ulma", attention="tree", dtype=torch.float32):
     """A model, and a function that runs forward and backward of a batch in several micro-batches,
     whose streams it prepares."""
     device = torch.device("cuda", 0)
-    small = Llama(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96,
-                              num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
+    small = small_model()
     generator = torch.Generator().manual_seed(0)
     add_lora(small, r=4, alpha=8, dropout=0.0)
     if METHODS[method].reward_model:

@@ -24,7 +24,6 @@ from lora import LoRALinear
 from model import Layer, Llama, rotary_angles
 from packing import Stream, Tree, build_stream, pack
 from step import Compute
-from training.ranks import Ranks
 
 CHECKED_DEVICES = ("cuda",)          # elsewhere plain torch is what runs
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}        # of the truth
@@ -81,8 +80,8 @@ def compare(name: str, function: Callable, plain: Callable, inputs: Sequence[Ten
             part = f"output {i + 1}" if i < first else f"the gradient of input {i + 1 - first}"
             raise ValueError(
                 f"{name} is wrong on this device: {part} is off by {error:.1e}, allowed are "
-                f"{allowed:.1e} ({dtype}, torch {torch.__version__}); nothing was trained. Try "
-                "another --kernels, or another torch")
+                f"{allowed:.1e} ({dtype}, torch {torch.__version__}); nothing was run. Try "
+                "another torch or Triton, for attention and log-probs --kernels torch")
         worst = max(worst, error)
     return worst
 
@@ -143,7 +142,7 @@ def check_start(model: Llama, trees: list[Tree], compute: Compute) -> dict[str, 
         elif not all(t.isfinite().all() for t in results(
                 lambda q, k, v: attention(q, k, v, segments), (q, k, v))):
             raise ValueError(f"{name} is wrong on this device: its output or a gradient is not "
-                             "finite; nothing was trained. Try another --kernels")
+                             "finite; nothing was run. Try --kernels torch")
         return attention(q, k, v, segments)
 
     hidden = model(stream.input_ids, stream.position_ids, stream.segments, [
@@ -165,14 +164,17 @@ def check_start(model: Llama, trees: list[Tree], compute: Compute) -> dict[str, 
     return errors
 
 
-def checked(model: Llama, trees: list[Tree], compute: Compute, ranks: Ranks) -> dict[str, dict]:
-    """`check_start` where something else than plain torch runs; for args.json, and on the screen."""
+def checked(model: Llama, trees: list[Tree], compute: Compute, show: bool) -> dict[str, dict]:
+    """`check_start` where something else than plain torch runs; for args.json, and on the screen.
+
+    show    print what was checked
+    """
     if torch.device(compute.device).type not in CHECKED_DEVICES:
         return {}
-    if ranks.is_first:
+    if show:
         print("compiling the kernels, and checking them on the first micro-batch", flush=True)
     errors = check_start(model, trees, compute)
-    if ranks.is_first:
+    if show:
         print("checked against plain torch, relative errors:", ", ".join(
             f"{name} {error:.1e}" for name, error in errors.items()))
     return {"start_check": errors}

@@ -12,6 +12,7 @@ import torch
 from attention_rule import plain_attention, rule_mask
 from helpers import finish, make_model, make_trees, usable
 
+import generate
 from files.cli import run_cli
 from kernels import linear_logps
 from kernels.attention import attention
@@ -56,7 +57,7 @@ def test_each_function_that_is_wrong_is_refused_by_name(name, dtype, monkeypatch
     spoil, message = BREAKS[name]
     function = getattr(start_check, name)
     monkeypatch.setattr(start_check, name, lambda *arguments: spoil(function(*arguments)))
-    with pytest.raises(ValueError, match=f"^{message}.* off by .*nothing was trained"):
+    with pytest.raises(ValueError, match=f"^{message}.* off by .*nothing was run"):
         check(dtype=dtype)
 
 
@@ -140,6 +141,18 @@ def test_ppo_is_checked_as_train_is(tmp_path, tiny_model, pairs_file, monkeypatc
     assert "checked against plain torch, relative errors: RMSNorm" in shown
     flags = json.loads((tmp_path / "ppo/args.json").read_text())
     assert list(flags["start_check"]) == PARTS
+
+
+def test_generate_is_checked_before_it_answers(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(start_check, "CHECKED_DEVICES", ("cpu",))
+    flags = ["--model", tiny_model, "--prompt", "Why?", "--max_new_tokens", "3"]
+    run_cli(lambda: generate.main(flags))
+    assert capsys.readouterr().out
+    monkeypatch.setattr(start_check, "rotary", lambda q, k, cos, sin: (q, k))
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: generate.main(flags))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and not out and "error: the rotary embedding is wrong on" in err
 
 
 def test_the_oracle_itself_follows_the_rule():
