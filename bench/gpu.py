@@ -6,14 +6,14 @@
 
 Stages run one after another, each in a process of its own with a limit of its own:
 
-    kernels        tests/kernels: kernels, attention and layers against float64 on the device
-    runs           tests/test_gpu.py: train.py itself
-    layers         bench/layers.py: norms, rotary embedding, SwiGLU, an adapter; share of bandwidth
+    tests          tests/kernels: kernels, attention and layers against float64 on the device;
+                   tests/test_gpu.py: train.py itself
+    step           bench/step.py at 7B's size: DPO against TRL as it comes and tuned
+    step-others    ULMA, and D2O with and without shared prompts
     head           bench/kernel.py: the vocabulary head against its bare products, TRL, Liger, ...
     attention      bench/attention.py: one layer over HH's pairs
     attention-d2o  the same over prompts with 12 responses
-    step           bench/step.py at 7B's size: DPO against TRL as it comes and tuned
-    step-others    ULMA, and D2O with and without shared prompts
+    layers         bench/layers.py: norms, rotary embedding, SwiGLU, an adapter; share of bandwidth
     breakdown      bench/breakdown.py: where the time of the DPO step goes
     generation     bench/generate.py at 7B's width, 8 layers, against transformers
     load           bench/load.py: a 7B model, the check at a run's start, and a step with
@@ -68,7 +68,7 @@ class Stage:
 
 def pytest(*words: str) -> list[str]:
     """The command of pytest, in several processes where pytest-xdist is installed."""
-    spread = ["-n", str(max(1, min(8, os.cpu_count() // 2)))] if util.find_spec("xdist") else []
+    spread = ["-n", str(max(1, min(12, 3 * os.cpu_count() // 4)))] if util.find_spec("xdist") else []
     return ["-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider", *spread, *words]
 
 
@@ -92,28 +92,29 @@ def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:
     step = ("--device cuda --size 7b --precision bf16 --pairs 64 --micro_tokens 8192 --together 1 "
             "--repeats 3 --only ")
     small_step = "--size tiny --pairs 2 --repeats 1 --threads 1 --precision fp32 --only "
-    kernels = (["tests/kernels/test_lora_linear.py"] if dry else ["tests/kernels", "-k", "cuda"])
+    tests = (["tests/kernels/test_lora_linear.py"] if dry else
+             ["tests/kernels", "tests/test_gpu.py", "-k", "cuda or test_gpu"])
     return [
-        Stage("kernels", 100, pytest(*kernels)),
-        Stage("runs", 130, pytest("tests/test_gpu.py")),
-        bench("layers", 30, "layers", "", "--tokens 8 --repeats 1"),
-        bench("head", 45, "kernel", "", "--rows 128 --width 16 --vocab 100 --repeats 1"),
+        Stage("tests", 150, pytest(*tests)),
+        bench("step", 130, "step", step + "ours-dpo trl-tuned trl",
+              small_step + "ours-dpo"),
+        bench("step-others", 90, "step", step + "ours-ulma ours-d2o ours-d2o-unshared",
+              small_step + "ours-ulma ours-d2o ours-d2o-unshared"),
+        bench("head", 60, "kernel", "--repeats 6",
+              "--rows 128 --width 16 --vocab 100 --repeats 1"),
         bench("attention", 40, "attention", "", "--tokens 256 --repeats 1"),
         bench("attention-d2o", 40, "attention", "--responses 12",
               "--tokens 384 --responses 3 --repeats 1"),
-        bench("step", 130, "step", step + "ours-dpo trl-tuned trl",
-              small_step + "ours-dpo"),
-        bench("step-others", 120, "step", step + "ours-ulma ours-d2o ours-d2o-unshared",
-              small_step + "ours-ulma ours-d2o ours-d2o-unshared"),
-        bench("breakdown", 60, "breakdown",
+        bench("layers", 30, "layers", "", "--tokens 8 --repeats 1"),
+        bench("breakdown", 40, "breakdown",
               "--device cuda --size 7b --pairs 64 --micro_tokens 8192 --repeats 2",
               "--size tiny --pairs 2 --repeats 1"),
-        bench("generation", 60, "generate",
+        bench("load", 150, "load", "--device cuda", "--size tiny"),
+        bench("generation", 50, "generate",
               "--device cuda --precision bf16 --hidden_size 4096 --intermediate_size 11008 "
               "--layers 8 --heads 32 --batch_size 32 --new_tokens 128 --repeats 2",
               "--hidden_size 32 --intermediate_size 48 --layers 2 --heads 4 --vocab_size 64 "
-              "--batch_size 2 --longest 30 --new_tokens 4 --repeats 1", ("transformers",)),
-        bench("load", 150, "load", "--device cuda", "--size tiny")]
+              "--batch_size 2 --longest 30 --new_tokens 4 --repeats 1", ("transformers",))]
 
 
 def write_stand_in(folder: Path) -> list[str]:
