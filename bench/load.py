@@ -164,8 +164,9 @@ def watch(folder: Path, device: str) -> list[dict]:
     raises  RuntimeError if it failed, or was stopped because the machine ran out of memory
     """
     command = [sys.executable, __file__, "--worker", str(folder), "--device", device]
+    no_kernels_yet = os.environ | {"TRITON_CACHE_DIR": str(folder / "triton")}
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              bufsize=1)
+                              bufsize=1, env=no_kernels_yet)
     peaks, over = {"RssAnon": 0, "RssFile": 0}, threading.Event()
     low = available()
 
@@ -254,6 +255,8 @@ def measure(config: "LlamaConfig", source: str, device: str, directory: str | No
                      "bf16_instructions": bf16_instructions()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "safetensors": safetensors.__version__},
+        "seconds_to_end_of_first_step_beside_loading": sum(
+            stage["seconds"] for stage in stages if stage["stage"] not in ("load", "check again")),
         "source": source, "files": files, "weights_gb": size / 1e9, "stages": stages,
         "peak_anonymous_gb": max(stage["peak_anonymous_gb"] for stage in stages),
         "peak_resident_gb": stages[-1]["peak_resident_so_far_gb"]}
@@ -285,6 +288,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["stages"]))
+    print(f"first step done {report['seconds_to_end_of_first_step_beside_loading']:.1f} s after the "
+          "start, beside loading")
     print(f"peak: {report['peak_anonymous_gb']:.2f} GB anonymous, "
           f"{report['peak_resident_gb']:.2f} GB resident, mapped files included")
 
