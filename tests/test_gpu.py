@@ -236,7 +236,8 @@ def test_a_step_never_waits_for_the_device(method, attention):
         found = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # a GPU adds up responses in any order: metrics of 0.03 differ by 2e-6
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_nan_in_64_pairs_at_7b_width(hh_file, shared_data):
