@@ -67,7 +67,7 @@ from torch import Tensor
 
 from data import ROLES, Record, Tokenizer, encode_dialogue, read_prompts
 from files.text import append_text
-from kernels.attention import attention_segments, exact_backends
+from kernels.attention import attention_segments, choose_attention, exact_backends
 from lora import load_adapter, lora_disabled, start_from_adapter
 from model import Cache, Llama, LlamaConfig, linear, load_llama
 from packing import Tree, group_by_size, truncate
@@ -99,7 +99,8 @@ def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tupl
             for row in rows_of[ids]:
                 places += [(row, cache.starts[row] + i, p) for i, p in enumerate(positions)]
                 ends.append((row, positions[-1]))
-        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device)
+        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device,
+                                      choose_attention("auto", weight.device.type))
         input_ids, position_ids, places, ends = (
             torch.tensor(t, device=weight.device) for t in (input_ids, position_ids, places, ends))
         hidden = model(input_ids, position_ids, segments,
@@ -349,8 +350,9 @@ def main(argv: list[str] | None = None) -> None:
         start_from_adapter(model, before)
     if args.adapter:
         load_adapter(model, args.adapter[-1])
-    ids = prompt_ids_of(model, tokenizer, [("Human", args.prompt or __doc__)], args.max_new_tokens)
-    checked(model, [Tree(ids, [ids[1:]], [1.0], [])], Compute(device), show=False)
+    ids = prompt_ids_of(model, tokenizer, [("Human", __doc__)], args.max_new_tokens)
+    checked(model, [Tree(ids, [ids[1:]], [1.0], [])], Compute(
+        device, attention=choose_attention("auto", device)), show=False)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
                         tokenizer.unused_ids(model.config.vocab_size))
     generator = torch.Generator().manual_seed(args.seed)

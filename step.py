@@ -17,7 +17,7 @@ from torch import Tensor
 
 from files.cli import show_progress
 from kernels import LinearLogps, linear_logps
-from kernels.attention import to_device
+from kernels.attention import choose_attention, to_device
 from model import Llama
 from packing import Stream, Tree, build_stream, idle_stream, pack
 from ulma import (d2o_loss, dpo_loss, ipo_loss, kto_loss, mse_reward_model_loss, negative_dpo_loss,
@@ -270,9 +270,10 @@ def stream_rewards(model: Llama, stream: Stream) -> Tensor:
 def tree_rewards(model: Llama, trees: list[Tree], micro_tokens: int = 8192) -> Tensor:
     """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R]."""
     device = model.score.weight.device
+    attention = choose_attention("auto", device.type)
     groups = pack(feed_last_tokens(trees), micro_tokens)
-    return torch.cat([stream_rewards(model, build_stream(group, device)) for group in show_progress(
-        groups, "rewards: micro-batch", len(groups))])
+    return torch.cat([stream_rewards(model, build_stream(group, device, None, attention))
+                      for group in show_progress(groups, "rewards: micro-batch", len(groups))])
 
 
 # ---- a rank's share of a batch ------------------------------------------------------------------

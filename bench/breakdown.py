@@ -52,18 +52,18 @@ KINDS = {      # kind: parts of operator names
                "aten::clone")}
 GPU_KINDS = {  # kind: parts of kernel names, the first that fits
     "norms, rotary, SwiGLU": ("_rms_norm", "_rotary", "_swiglu"),
+    "softmax, logs": ("_logp_rows", "softmax", "reduce"),
     "attention": ("_forward", "_backward_q", "_backward_kv", "fmha"),
     "matrix products": ("nvjet", "gemm", "gemv", "splitK", "cutlass"),
-    "log-probs of the head's logits": ("_logp_rows",),
-    "copies": ("Memcpy", "Memset", "copy", "index", "Cat", "fill"),
-    "sums of gradients, casts": ("elementwise",)}
+    "copies, casts": ("Memcpy", "Memset", "copy", "index", "Cat", "fill"),
+    "sums of gradients": ("elementwise",)}
 
 
 # ---- shared with the other scripts --------------------------------------------------------------
 
 def make_model(size: str = "small", dtype: torch.dtype = torch.float32,
                device: str = "cpu") -> Llama:
-    """bench/step.py's model, of random weights, with an adapter whose update is zero."""
+    """bench/step.py's model, of random weights, with a random adapter."""
     with torch.device("meta"):          # else it would first be allocated in float32, on the CPU
         model = Llama(LlamaConfig(**SIZES[size]))
     model = add_lora(model.to(dtype).to_empty(device=device), r=LORA_R, alpha=LORA_ALPHA,
@@ -225,7 +225,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--micro_tokens", type=int, default=1024, help="train.py --micro_tokens")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps, after one untimed")
-    parser.add_argument("--out", help="JSON, default bench/results/breakdown-METHOD.json")
+    parser.add_argument("--out", help="JSON, default bench/results/breakdown-METHOD.json, on a GPU "
+                                      "breakdown-METHOD-cuda.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     on_gpu = args.device == "cuda"
@@ -241,7 +242,8 @@ def main() -> None:
               **measure(step, necessary, args.repeats, args.device),
               "self_s_by_kind": seconds_by_kind(step, args.device), "threads": 1} | environment()
     show(result)
-    out = Path(args.out or ROOT / f"bench/results/breakdown-{args.method}.json")
+    name = f"breakdown-{args.method}{'-cuda' if on_gpu else ''}.json"
+    out = Path(args.out or ROOT / "bench/results" / name)
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 

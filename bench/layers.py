@@ -4,8 +4,9 @@
 
 RMSNorm with the sum before it, rotary embedding, SwiGLU and LoRA's update of a linear layer, forward
 and backward each: ours, and the specification in plain torch. Bytes are those that a kernel cannot
-avoid: every input read once, every output written once. The share is of the rate of a large copy,
-measured in the same run. A LoRA layer's time is what it takes beyond the same layer without.
+avoid: every input read once, every output written once; of LoRA's update those that its products
+move. The share is of the rate of a large copy, measured in the same run. A LoRA layer's time is what
+it takes beyond the same layer without.
 
 Before every run a buffer larger than the L2 cache is cleared, which also keeps the GPU busy while
 the host launches the next kernels; times are CUDA events, medians of runs in turn. An error against
@@ -136,7 +137,8 @@ def milliseconds(runs: dict[str, Callable], repeats: int, device: str) -> dict[s
 
 def measure(case: Case, copy_rate: float, repeats: int, device: str) -> dict:
     """ms forward and backward of ours and plain torch; ours' share of the rate of a copy."""
-    functions = {"ours": case.ours, "plain": case.plain}
+    row, functions = {"name": case.name, "errors": check(case)}, {
+        "ours": case.ours, "plain": case.plain}
     if case.bare:
         functions["bare"] = case.bare
     runs = {}
@@ -144,7 +146,6 @@ def measure(case: Case, copy_rate: float, repeats: int, device: str) -> dict:
         runs[f"{name} forward"] = partial(function, *case.inputs)
         runs[f"{name} backward"] = backward_of(outputs_of(function, case.inputs), case.inputs)
     times = milliseconds(runs, repeats, device)
-    row = {"name": case.name, "errors": check(case)}
     for way, size in (("forward", case.forward_bytes), ("backward", case.backward_bytes)):
         bare = times.get(f"bare {way}", 0.0)
         ours, plain = (times[f"{name} {way}"] - bare for name in ("ours", "plain"))

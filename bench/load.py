@@ -124,6 +124,7 @@ def work(folder: str, device: str) -> None:
         hidden = model(ids.to(device))                                           # [T, D]
         logits = linear(hidden[-1:], model.lm_head.weight)                       # [1, V]
     done("forward", tokens=len(ids), finite=bool(logits.isfinite().all()))
+    torch.manual_seed(0)
     add_lora(model, r=8, dropout=0.0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.gradient_checkpointing = device == "cuda"
@@ -139,7 +140,7 @@ def work(folder: str, device: str) -> None:
     totals = accumulate_gradient(model, partial(lora_disabled, model),
                                  micro_batches(trees, objective.method, compute),
                                  batch_counts(trees), objective, compute)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
     torch.optim.AdamW(parameters, lr=1e-4).step()
     done("step", tokens=int(totals[1]), loss=totals[0].item(), grad_norm=grad_norm.item())
 
@@ -271,7 +272,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="7b", help="the model's shape")
     parser.add_argument("--tmp", help="folder for the 13.5 GB model (default: the system's)")
     parser.add_argument("--keep", action="store_true", help="leave the model there")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/load-7b.json"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/load-SIZE.json, with -bin, -cuda")
     parser.add_argument("--worker", help=argparse.SUPPRESS)           # what `watch` starts
     args = parser.parse_args()
     if args.worker:
@@ -285,8 +286,11 @@ def main() -> None:
                             args.keep)}
     except RuntimeError as error:
         raise SystemExit(f"bench/load.py: {error}") from None
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    name = "-".join(["load", args.size, *["bin"] * (args.source == "bin"),
+                     *["cuda"] * (args.device == "cuda")])
+    out = args.out or Path(f"bench/results/{name}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["stages"]))
     print(f"first step done {report['seconds_to_end_of_first_step_beside_loading']:.1f} s after the "
           "start, beside loading")

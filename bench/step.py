@@ -57,9 +57,7 @@ DEFAULT = {"cpu": ("ours-dpo", "ours-ulma", "trl", "trl-compact", "ours-d2o", "o
            "cuda": ("ours-dpo", "trl-tuned", "trl", "ours-dpo-dense", "ours-ulma", "ours-d2o",
                     "ours-d2o-unshared")}
 PRECISIONS = ("fp32", "bf16")
-# Relative, of losses. bf16 rounds at different places, and in its first steps AdamW follows the sign of
-# every small gradient: of one step TRL's own two layouts differ by 2.1e-2 on an H100.
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}   # relative, of losses; bf16 rounds at different places
 TRL_PAIRS = 8                              # Trainer's default micro-batch
 GOALS = (("ours-dpo", "trl", 6.5), ("ours-dpo", "trl-tuned", 2.3),      # times as fast, for 7B
          ("ours-d2o", "ours-d2o-unshared", 2.5))

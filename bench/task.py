@@ -96,8 +96,9 @@ def random_weights_(model: "Module") -> None:
     """Fill a Llama and its adapter, in place: every tensor from a seed made of its name alone.
 
     So each worker makes the same weights on its device, and no 13.5 GB go through a file. Norms
-    are one, B is zero, A uniform in ±1/√D (which is what kaiming_uniform_(a=√5) of loralib and PEFT
-    gives), the rest N(0, 0.02²). PEFT's names are read as ours.
+    are one, A uniform in ±1/√D (which is what kaiming_uniform_(a=√5) of loralib and PEFT
+    gives), the rest N(0, 0.02²). PEFT's names are read as ours. With PEFT's B = 0 the first updates of
+    bf16 weights would mostly be rounded away, and losses that should agree would not.
     """
     import torch
 
@@ -107,8 +108,6 @@ def random_weights_(model: "Module") -> None:
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
-        elif name.endswith("lora_B"):
-            parameter.data.zero_()
         elif name.endswith("lora_A"):
             bound = parameter.shape[1] ** -0.5
             parameter.data.uniform_(-bound, bound, generator=generator)

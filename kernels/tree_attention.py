@@ -268,11 +268,11 @@ def tile_sizes(dtype: torch.dtype, two_sums: bool, on_amd: bool) -> dict[str, in
     two_sums  whether the kernel holds two tiles of sums, as that of dk and dv does
 
     No register spills (tests/kernels/test_tree_attention_code.py compiles them and looks), and of
-    what does not, these were fastest on an H100 (bench/README.md).
+    what does not, these were fastest on an H100 within 2 % (bench/README.md).
     """
-    # Short steps: responses are short (45 tokens in HH), and on an H100 three programs of the
-    # forward or of dq then fit a multiprocessor. float32 tiles are smaller, because a product
-    # without tensor cores holds whole rows in registers.
+    # Short steps: responses are short (45 tokens in HH), and several programs then fit a
+    # multiprocessor. float32 tiles are smaller, because a product without tensor cores holds whole
+    # rows in registers.
     rows, step = (32, 16) if dtype == torch.float32 else (64, 32)
     if on_amd:          # warps of 64 lanes; loading a step ahead takes registers that are not there
         return {"ROWS": rows, "STEP": step, "num_warps": 4, "num_stages": 1}
@@ -338,7 +338,7 @@ def _check(q, k, v, segments):
                          "[T, H, Dh] and twice [T, Hkv, Dh]")
     if q.shape[1] % k.shape[1] or q.shape[2] > MAX_HEAD_DIM:
         raise ValueError(f"q is {list(q.shape)}, k {list(k.shape)}; expected a multiple of k's "
-                         f"heads, and heads of at most {MAX_HEAD_DIM}")
+                         f"heads, and heads of at most {MAX_HEAD_DIM} (--kernels torch takes any)")
     if q.dtype not in (torch.float32, torch.bfloat16) or {k.dtype, v.dtype} != {q.dtype}:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected all float32 or all "
                          "bfloat16")

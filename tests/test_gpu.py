@@ -236,19 +236,19 @@ def test_a_step_never_waits_for_the_device(method, attention):
         found = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # a GPU adds up responses in any order: metrics of 0.03 differ by 2e-6
-    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # a GPU adds up responses in any order: sums of 0.03 differ by 2e-6
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_nan_in_64_pairs_at_7b_width(hh_file, shared_data):
     # The step in which cuDNN's masked attention gave NaN (see kernels/attention.py), with two layers.
-    # All log-ratios are 0, so the loss is ln 2; both ways of attention agree in their gradient.
+    # Both ways of attention agree in the loss and its gradient.
     sys.path.append(str(ROOT / "bench"))
     import breakdown as bench
     bench.SIZES["7b, 2 layers"] = bench.SIZES["7b"] | {"num_hidden_layers": 2}
     wide = bench.make_model("7b, 2 layers", torch.bfloat16, "cuda")
     trees = bench.hh_trees(hh_file, str(shared_data / "llama2_tokenizer/tokenizer.model"), 64)
-    gradients = []
+    losses, gradients = [], []
     for attention in ATTENTIONS:
         compute = Compute(torch.device("cuda", 0), 8192, choose_linear_logps("auto", "cuda"),
                           attention)
@@ -256,8 +256,9 @@ def test_no_nan_in_64_pairs_at_7b_width(hh_file, shared_data):
         totals = accumulate_gradient(
             wide, partial(lora_disabled, wide), micro_batches(trees, METHODS["dpo"], compute),
             batch_counts(trees), Objective(METHODS["dpo"]), compute)
-        assert float(totals[0]) == pytest.approx(math.log(2), abs=1e-3)
+        losses.append(float(totals[0]))
         gradients.append(flat_gradient(wide).clone())
         assert gradients[-1].isfinite().all() and gradients[-1].norm() > 0
+    assert 0.5 < losses[0] < 1 and losses[1] == pytest.approx(losses[0], rel=1e-2)
     dense, tree = gradients
     assert float((tree - dense).norm() / dense.norm()) < 0.05

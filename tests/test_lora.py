@@ -303,3 +303,12 @@ def test_merge_is_formed_in_float32_for_a_bfloat16_base():
         merge_lora(model)
         assert model.layer.weight.dtype == torch.bfloat16
         assert model.layer.weight.item() == expected
+
+
+def test_a_seed_gives_the_same_adapter_on_every_device(monkeypatch):
+    # No other device is here: what is drawn lies on the CPU, whatever holds the base's weights.
+    drawn, draw = [], torch.nn.init.kaiming_uniform_
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_",
+                        lambda tensor, a: drawn.append(tensor.device.type) or draw(tensor, a=a))
+    model = add_lora(base_model().to("meta"), r=2, alpha=4, dropout=0.0)
+    assert set(drawn) == {"cpu"} and {p.device.type for p in model.parameters()} == {"meta"}
