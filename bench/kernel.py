@@ -10,11 +10,11 @@ its gradient in the policy's hidden states. Responses have 64 tokens, half are g
     ulma    ULMA; the good half needs no reference
 
 Every contestant's loss and gradient are compared with float64 before any time is taken; one that is
-off is not timed. Then they run in turn, A B C A B C ..., so that a slow minute hits all. Memory is
-the peak of the forward beyond inputs and one [N, D] (ours saves u, see kernels/linear_logps.py,
-others the hidden states), or that of the backward beyond one more, the gradient that all have to
-return; whichever is larger. A contestant whose package is missing, or that cannot run on this
-device, is named and left out.
+off is not timed. Then they run in turn, A B C A B C ..., on a GPU four times in a row each, so that a
+slow minute hits all. Memory is the peak of the forward beyond inputs and one [N, D] (ours saves u, see
+kernels/linear_logps.py, others the hidden states), or that of the backward beyond one more, the gradient
+that all have to return; whichever is larger. A contestant whose package is missing, or that cannot run
+on this device, is named and left out.
 """
 import argparse
 import json

@@ -294,6 +294,8 @@ def main() -> None:
     print(table(report["stages"]))
     print(f"first step done {report['seconds_to_end_of_first_step_beside_loading']:.1f} s after the "
           "start, beside loading")
+    if args.device == "cuda":
+        print(f"GPU: {max(stage['device_peak_gb'] for stage in report['stages']):.1f} GB at most")
     print(f"peak: {report['peak_anonymous_gb']:.2f} GB anonymous, "
           f"{report['peak_resident_gb']:.2f} GB resident, mapped files included")
 
