@@ -426,10 +426,9 @@ def endpoint(folder, tokenizer):
         {"message": {"content": "1>2"}, "finish_reason": "stop"}], "usage": {"total": 1}}))
 
     def read():
-        reply = 200, None, (folder / "reply.json").read_bytes()
-        with mock.patch("judge.endpoint.fetch", lambda *_: reply), contextlib.suppress(
-                ConnectionError):                        # it names no file: there is none
-            complete("http://localhost", "", "model", "a text", 1, tries=1)
+        reply = 200, "", (folder / "reply.json").read_bytes()
+        with mock.patch("judge.endpoint.fetch", lambda *_: reply):
+            complete("http://localhost", "", {}, 1, tries=1)
     return Target(folder, ["reply.json"], read)
 
 
