@@ -6,42 +6,47 @@
 """
 import math
 from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 
-def bootstrap(statistic: Callable[[Tensor], Tensor | float], rows: Tensor, draws: int = 1000,
-              prompts: Tensor | None = None) -> tuple[float, float, float]:
+def bootstrap(statistic: Callable[[Any], Any], rows: Any, draws: int = 1000,
+              prompts: ndarray | None = None) -> tuple[float, float, float]:
     """(value, low, high): statistic(rows) and its 95 % percentile interval over prompts.
 
     statistic  rows [n, …] -> number
-    rows       [n, …]
+    rows       [n, …] array, or tensor on the CPU: whatever an array of int64 indexes
     draws      number of resamples, with replacement
     prompts    [n] int64   number of each row's prompt (default: every row has its own); the rows of
                a prompt are resampled together, since they are not independent
     """
-    generator = torch.Generator().manual_seed(0)
-    if prompts is None:
-        prompts = torch.arange(len(rows))
-    order = prompts.argsort(stable=True)                                         # [n]
-    groups = order.split(prompts.unique(return_counts=True)[1].tolist())
+    generator = np.random.default_rng(0)
+    prompts = np.arange(len(rows)) if prompts is None else np.asarray(prompts)
+    order = prompts.argsort(kind="stable")                                       # [n]
+    groups = np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1)
     one_row_each = len(groups) == len(rows)
 
     def resample():
-        chosen = torch.randint(len(groups), (len(groups),), generator=generator)
-        return rows[order[chosen] if one_row_each else torch.cat([groups[i] for i in chosen])]
+        chosen = generator.integers(len(groups), size=len(groups))
+        return rows[order[chosen] if one_row_each else np.concatenate([groups[i] for i in chosen])]
 
     values = sorted(float(statistic(resample())) for _ in range(draws))
     return float(statistic(rows)), values[int(0.025 * draws)], values[int(0.975 * draws)]
 
 
-def wins(margins: Tensor) -> Tensor:
-    """Share of positive margins, [n] -> []; a margin of zero counts one half."""
-    return (margins > 0).double().mean() + 0.5 * (margins == 0).double().mean()
+def wins(margins: ndarray) -> float:
+    """Share of positive margins, of [n] > 0; a margin of zero counts one half."""
+    margins = np.asarray(margins)
+    return float((margins > 0).mean() + 0.5 * (margins == 0).mean())
 
 
-def length_controlled_wins(outcomes: Tensor, lengths: Tensor, other_lengths: Tensor) -> float:
+def sigmoid(x: ndarray) -> ndarray:
+    return (1 + np.tanh(x / 2)) / 2                      # 1 / (1 + exp(-x)) overflows
+
+
+def length_controlled_wins(outcomes: ndarray, lengths: ndarray, other_lengths: ndarray) -> float:
     """The win rate a logistic regression predicts at equal length: σ(θ), from
 
         P(win) = σ(θ + φ tanh(d / s)),   d = length - other length,   s = sample s.d. of d.
@@ -54,22 +59,21 @@ def length_controlled_wins(outcomes: Tensor, lengths: Tensor, other_lengths: Ten
     Differs: one pair of models, so no instruction difficulty and no shared baseline rows; a ridge
     of 1e-4 n on φ (1e-6 n on θ), for data that length separates; they cross-validate an L1 penalty.
     """
-    gaps = (lengths - other_lengths).double()                                    # [n]
-    targets = (outcomes.double() + 1) / 2                                        # [n]
+    gaps = np.asarray(lengths, float) - np.asarray(other_lengths, float)         # [n]
+    targets = (np.asarray(outcomes, float) + 1) / 2                              # [n]
     if not (gaps != gaps[0]).any():
         return float(targets.mean())
-    features = torch.stack([torch.ones_like(gaps), torch.tanh(gaps / gaps.std())], 1)    # [n, 2]
-    ridge = torch.tensor([1e-6, 1e-4], dtype=torch.float64)
-    weights = torch.zeros(2, dtype=torch.float64)                                # θ, φ
+    features = np.stack([np.ones_like(gaps), np.tanh(gaps / gaps.std(ddof=1))], 1)       # [n, 2]
+    ridge, weights = np.array([1e-6, 1e-4]), np.zeros(2)                         # θ, φ
     for _ in range(100):      # Newton; far from the maximum it overshoots: steps of length <= 2
-        probs = torch.sigmoid(features @ weights)                                # [n]
+        probs = sigmoid(features @ weights)                                      # [n]
         gradient = features.T @ (targets - probs) / len(gaps) - ridge * weights
-        curvature = (features.T * (probs * (1 - probs))) @ features / len(gaps) + ridge.diag()
-        step = torch.linalg.solve(curvature, gradient)
-        weights = weights + step * min(1.0, 2.0 / float(step.norm().clamp(min=1e-12)))
-        if step.abs().max() < 1e-9:
+        curvature = (features.T * (probs * (1 - probs))) @ features / len(gaps) + np.diag(ridge)
+        step = np.linalg.solve(curvature, gradient)
+        weights = weights + step * min(1.0, 2.0 / max(float(np.linalg.norm(step)), 1e-12))
+        if np.abs(step).max() < 1e-9:
             break
-    return float(torch.sigmoid(weights[0]))
+    return float(sigmoid(weights[0]))
 
 
 def t_probability(t: float, degrees: int) -> float:

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+    parse_first(build_parser().parse_args)          # before numpy is imported
 
 import os
 
@@ -63,13 +63,13 @@ from files.text import write_json
 from judge.endpoint import ask_questions
 from judge.questions import read_answers, read_questions, write_questions, write_rewards
 from judge.score import report
-from packing import make_trees
-from step import tree_rewards
-from training.checkpoint import load_run, run_tokenizer
 
 
 def ask_reward_model(path: str, run: str, out: str) -> None:
     """Write the rewards that the reward model of `run` gives the responses in a questions file."""
+    from packing import make_trees       # here: what imports torch, the other commands do without
+    from step import tree_rewards
+    from training.checkpoint import load_run, run_tokenizer
     if os.path.exists(out):
         raise FileExistsError(f"{out} exists: remove it or name another")
     model, reference, flags = load_run(run)
@@ -77,7 +77,7 @@ def ask_reward_model(path: str, run: str, out: str) -> None:
         raise ValueError(f"{run} is a run of --method {flags['method']}, not of a reward model")
     tokenizer = run_tokenizer(run, flags)
     write_rewards(read_questions(path), lambda records: tree_rewards(model, make_trees(
-        records, tokenizer, "all", flags["max_length"], flags["max_prompt_length"])), out)
+        records, tokenizer, "all", flags["max_length"], flags["max_prompt_length"])).tolist(), out)
 
 
 def score_runs(question_files: list[str], answer_files: list[str], margin: float,

@@ -10,8 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from torch import Tensor
-
 from data import Record, get_value, read_dataset, read_rows, read_turns
 from files.text import write_text
 
@@ -167,7 +165,7 @@ def read_answers(path: str, questions: dict[str, dict]) -> dict[str, tuple[str, 
     return answers
 
 
-def write_rewards(questions: dict[str, dict], rewards_of: Callable[[list[Record]], Tensor],
+def write_rewards(questions: dict[str, dict], rewards_of: Callable[[list[Record]], list[float]],
                   path: str) -> None:
     """Write the answers file of a reward model: rows {"id", "reward_a", "reward_b"}, one per pair.
 
@@ -176,6 +174,6 @@ def write_rewards(questions: dict[str, dict], rewards_of: Callable[[list[Record]
     rows = [row for row in questions.values() if row["order"] == "ab"]
     records = [Record(tuple(map(tuple, row["prompt"])), (row["answer_a"], row["answer_b"]),
                       (1.0, 0.0), row["id"]) for row in rows]
-    rewards = rewards_of(records).view(-1, 2).tolist()                           # [n, 2]
+    rewards = rewards_of(records)
     write_text(path, "".join(json.dumps({"id": row["id"], "reward_a": a, "reward_b": b}) + "\n"
-                             for row, (a, b) in zip(rows, rewards)))
+                             for row, a, b in zip(rows, rewards[::2], rewards[1::2])))

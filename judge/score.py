@@ -1,8 +1,8 @@
 """Outcomes and tables: win, tie and lose from the answers of a judge or a reward model."""
 import json
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from data import get_value
 from intervals import bootstrap, length_controlled_wins, seed_interval, t_quantile, wins
@@ -11,11 +11,11 @@ from judge.questions import CRITERIA, parse_judgment
 OUTCOME, LENGTH_A, LENGTH_B, DISAGREE = range(4)        # columns of the rows of `judged_pairs`
 
 STATISTICS = {     # name: (rows -> number, what it is)
-    "win": (lambda v: (v[:, OUTCOME] > 0).double().mean(), "share of pairs in which A is better"),
-    "tie": (lambda v: (v[:, OUTCOME] == 0).double().mean(), "... neither, or the orders disagree"),
-    "lose": (lambda v: (v[:, OUTCOME] < 0).double().mean(), "... B is better"),
+    "win": (lambda v: (v[:, OUTCOME] > 0).mean(), "share of pairs in which A is better"),
+    "tie": (lambda v: (v[:, OUTCOME] == 0).mean(), "... neither, or the orders disagree"),
+    "lose": (lambda v: (v[:, OUTCOME] < 0).mean(), "... B is better"),
     "win rate": (lambda v: wins(v[:, OUTCOME]), "win + tie / 2"),
-    "win & tie rate": (lambda v: (v[:, OUTCOME] >= 0).double().mean(), "win + tie (the paper's)"),
+    "win & tie rate": (lambda v: (v[:, OUTCOME] >= 0).mean(), "win + tie (the paper's)"),
     "length-controlled": (lambda v: length_controlled_wins(*v[:, :DISAGREE].T),
                           "win rate at equal length (logistic regression, after AlpacaEval 2)"),
     "length A": (lambda v: v[:, LENGTH_A].mean(), "mean characters of this run's responses"),
@@ -24,16 +24,16 @@ STATISTICS = {     # name: (rows -> number, what it is)
 }
 
 
-def reward_outcomes(rewards_a: Tensor, rewards_b: Tensor, margin: float = 0.0) -> Tensor:
+def reward_outcomes(rewards_a: ndarray, rewards_b: ndarray, margin: float = 0.0) -> ndarray:
     """+1, 0, -1 where reward A is larger, within the margin, smaller: [n], [n] -> [n] float64.
 
     raises  ValueError on a reward that is not finite, or a negative margin
     """
-    gaps = rewards_a.double() - rewards_b.double()                               # [n]
-    if not gaps.isfinite().all() or not margin >= 0:
+    gaps = np.asarray(rewards_a, float) - np.asarray(rewards_b, float)           # [n]
+    if not np.isfinite(gaps).all() or not margin >= 0:
         raise ValueError(f"rewards must be finite and the margin at least 0; got margin {margin} "
-                         f"and {int((~gaps.isfinite()).sum())} pairs that are not finite")
-    return torch.where(gaps.abs() <= margin, torch.zeros_like(gaps), gaps.sign())
+                         f"and {int((~np.isfinite(gaps)).sum())} pairs that are not finite")
+    return np.where(np.abs(gaps) <= margin, 0.0, np.sign(gaps))
 
 
 def outcomes_of_pair(ids: dict[str, str], answers: dict[str, tuple[str, dict]],
@@ -44,8 +44,7 @@ def outcomes_of_pair(ids: dict[str, str], answers: dict[str, tuple[str, dict]],
     """
     where, row = answers.get(ids.get("ab"), ("", {}))
     if "reward_a" in row or "reward_b" in row:
-        rewards = torch.tensor([get_value(row, key, (int, float), where)
-                                for key in ("reward_a", "reward_b")], dtype=torch.float64)
+        rewards = (get_value(row, key, (int, float), where) for key in ("reward_a", "reward_b"))
         return {"reward": [int(reward_outcomes(*rewards, margin))]}, ""
     outcomes = {criterion: [] for criterion in CRITERIA}
     for order, sign in (("ab", 1), ("ba", -1)):          # in "ba", Text 1 is response B
@@ -61,7 +60,7 @@ def outcomes_of_pair(ids: dict[str, str], answers: dict[str, tuple[str, dict]],
 
 
 def judged_pairs(questions: dict[str, dict], answers: dict[str, tuple[str, dict]],
-                 margin: float = 0.0) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+                 margin: float = 0.0) -> tuple[dict[str, tuple[ndarray, ndarray]], list[str]]:
     """({criterion: (rows, prompts)}, left_out) of one run's questions and answers.
 
     rows      [n, 4] float64   outcome of A (+1, 0, -1); length A, length B in characters; 1 if the
@@ -84,8 +83,8 @@ def judged_pairs(questions: dict[str, dict], answers: dict[str, tuple[str, dict]
             disagree = len(set(signs)) > 1
             rows.setdefault(criterion, []).append([0 if disagree else signs[0], *lengths, disagree])
             prompts.setdefault(criterion, []).append(prompt)
-    return {criterion: (torch.tensor(rows[criterion], dtype=torch.float64),
-                        torch.tensor(prompts[criterion])) for criterion in rows}, left_out
+    return {criterion: (np.array(rows[criterion], float), np.array(prompts[criterion]))
+            for criterion in rows}, left_out
 
 
 def report(runs: dict[str, tuple[dict, dict]], margin: float = 0.0) -> dict:
@@ -103,7 +102,7 @@ def report(runs: dict[str, tuple[dict, dict]], margin: float = 0.0) -> dict:
             raise ValueError(f"{run}: no pair is judged; the first: {left_out[0]}")
         table[run] = {}
         for criterion, (rows, prompts) in judged.items():
-            print(f"{run}, {criterion}: {len(rows)} pairs on {len(prompts.unique())} prompts, "
+            print(f"{run}, {criterion}: {len(rows)} pairs on {len(set(prompts.tolist()))} prompts, "
                   f"orders disagree on {int(rows[:, DISAGREE].sum())} "
                   "[95 % bootstrap interval over prompts]")
             table[run][criterion] = {"n": len(rows)}

@@ -11,6 +11,20 @@ if __name__ == "__main__":
     catch_interrupts()
 
 import argparse
+
+from files.cli import Parser, parse_first, run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m study.exact", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results", help="folder of the page (results)")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -18,7 +32,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from files.cli import Parser, run_cli
 from files.text import write_text
 from study.claims import PAPER_CLAIMS
 from study.figures import (
@@ -293,10 +306,7 @@ def write(out: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m study.exact", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="results", help="folder of the page (results)")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     os.makedirs(args.out, exist_ok=True)
     write(args.out)

@@ -19,6 +19,34 @@ if __name__ == "__main__":
     catch_interrupts()
 
 import argparse
+
+from files.cli import Help, Parser, check_ranges, parse_first, run_cli, time_left
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m study.real", description=__doc__, formatter_class=Help)
+    flag = parser.add_argument
+    flag("stages", nargs="*", metavar="STAGE", default=[], help="see 3. (default: all)")
+    flag("--model", default="models/smollm2", help="Hugging Face folder of a chat model")
+    flag("--hh", default="../shared/data/hh_harmless_base_test/test.jsonl.gz",
+         help="HH file or folder of pairs")
+    flag("--qa", help="QA-feedback file; without one the stage qa is left out")
+    flag("--pairs", type=int, default=192, help="pairs that a run trains on")
+    flag("--held_out", type=int, default=320, help="at most so many held-out pairs are measured")
+    flag("--answers", type=int, default=64, help="held-out prompts that every run answers")
+    flag("--new_tokens", type=int, default=48, help="longest answer")
+    flag("--max_length", type=int, default=192, help="pairs of more tokens are left out")
+    flag("--qa_max_length", type=int, default=1024, help="the same for QA-feedback")
+    flag("--bf16", action="store_true", help="train in bfloat16")
+    flag("--out", default="results", help="folder of real.jsonl, real.md and figures")
+    flag("--work", default="runs/real", help="folder of data and runs")
+    flag("--report", action="store_true", help="train nothing; write the page from OUT/real.jsonl")
+    return parser
+
+
+if __name__ == "__main__":
+    parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
+
 import json
 import math
 import os
@@ -31,7 +59,6 @@ import torch
 from torch import Tensor
 
 import train
-from files.cli import Help, Parser, check_ranges, run_cli, time_left
 from files.lock import locked
 from files.text import whole_lines, write_text
 from model import Llama, load_llama
@@ -281,27 +308,8 @@ class Study:
                 self.execute(run, len(runs) - number)
 
 
-# ---- the command line ---------------------------------------------------------------------------
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m study.real", description=__doc__, formatter_class=Help)
-    flag = parser.add_argument
-    flag("stages", nargs="*", metavar="STAGE", default=[], help="; ".join(STAGES) + ": all if none")
-    flag("--model", default="models/smollm2", help="Hugging Face folder of a chat model")
-    flag("--hh", default="../shared/data/hh_harmless_base_test/test.jsonl.gz",
-         help="HH file or folder of pairs")
-    flag("--qa", help="QA-feedback file; without one the stage qa is left out")
-    flag("--pairs", type=int, default=192, help="pairs that a run trains on")
-    flag("--held_out", type=int, default=320, help="at most so many held-out pairs are measured")
-    flag("--answers", type=int, default=64, help="held-out prompts that every run answers")
-    flag("--new_tokens", type=int, default=48, help="longest answer")
-    flag("--max_length", type=int, default=192, help="pairs of more tokens are left out")
-    flag("--qa_max_length", type=int, default=1024, help="the same for QA-feedback")
-    flag("--bf16", action="store_true", help="train in bfloat16")
-    flag("--out", default="results", help="folder of real.jsonl, real.md and figures")
-    flag("--work", default="runs/real", help="folder of data and runs")
-    flag("--report", action="store_true", help="train nothing; write the page from OUT/real.jsonl")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     check_ranges(args, ("pairs", "held_out", "answers", "new_tokens", "max_length"), {})
     if unknown := sorted(set(args.stages) - set(STAGES)):
         raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")

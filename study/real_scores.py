@@ -267,5 +267,5 @@ def against(rewards: Tensor, others: dict[str, Tensor]) -> dict[str, float]:
     """Win, tie and lose of rewards [n] against those of other answers to the same prompts."""
     scores = {}
     for name, other in others.items():
-        scores |= outcome_shares(reward_outcomes(rewards, other), name)
+        scores |= outcome_shares(torch.from_numpy(reward_outcomes(rewards, other)), name)
     return scores

@@ -1,9 +1,10 @@
 """python -m judge: files in, files and a table out, and bad files refused with their line."""
 import json
+import subprocess
 import sys
 
 import pytest
-from conftest import write_jsonl
+from conftest import ONE_THREAD, ROOT, write_jsonl
 
 from files.lock import locked
 from judge.__main__ import main
@@ -35,6 +36,19 @@ def test_a_file_of_answers_is_scored(files, monkeypatch, capsys):
     assert table["helpful"]["n"] == 3 and table["helpful"]["win"][0] == 1.0
     assert table["harmless"]["tie"][0] == 1.0 and table["harmless"]["orders disagree"][0] == 1.0
     assert "on 3 prompts, orders disagree on 3" in capsys.readouterr().out
+
+
+def test_scoring_needs_no_torch(files):
+    # Importing it takes longer than all else that `score` does. A fresh interpreter, files in.
+    questions = read_questions(str(files / "questions.jsonl"))
+    answers = write_jsonl(files / "answers.jsonl", [
+        {"id": name, "answer": "1>2 1=2"} for name in questions])
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys; from judge.__main__ import main; main(sys.argv[1:]); "
+         "assert 'torch' not in sys.modules", "score", "--questions",
+         str(files / "questions.jsonl"), "--answers", answers],
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+    assert run.returncode == 0 and "orders disagree on 3" in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize("row, sentence", [

@@ -1,8 +1,8 @@
 """Outcomes of pairs, and the table over runs."""
 import math
 
+import numpy as np
 import pytest
-import torch
 
 from judge.questions import make_questions, read_answers, write_rewards
 from judge.score import judged_pairs, report, reward_outcomes
@@ -32,11 +32,11 @@ def test_a_pair_wins_only_if_both_orders_agree():
 
 
 def test_rewards_win_tie_and_lose():
-    rewards_a, rewards_b = torch.tensor([1.0, 2.0, 0.0, 1.5]), torch.tensor([1.0, 1.0, 3.0, 1.0])
+    rewards_a, rewards_b = np.array([1.0, 2.0, 0.0, 1.5]), np.array([1.0, 1.0, 3.0, 1.0])
     assert reward_outcomes(rewards_a, rewards_b).tolist() == [0, 1, -1, 1]
     assert reward_outcomes(rewards_a, rewards_b, margin=0.5).tolist() == [0, 1, -1, 0]
     with pytest.raises(ValueError, match="finite"):
-        reward_outcomes(torch.tensor([math.nan]), torch.tensor([0.0]))
+        reward_outcomes(np.array([math.nan]), np.zeros(1))
     rows = make_questions([(HI, "a", "b"), (HI, "c", "d")])
     answers = {rows[0]["id"]: ("f:1", {"reward_a": 2, "reward_b": 1.0}),
                rows[2]["id"]: ("f:2", {"reward_a": -1.0, "reward_b": 1.0})}
@@ -49,7 +49,7 @@ def test_a_reward_model_reads_every_pair_once_and_its_file_is_scored(tmp_path):
 
     def lengths(records):                        # a reward model that likes length
         assert [record.prompt for record in records] == [HI, HI]
-        return torch.tensor([float(len(text)) for record in records for text in record.responses])
+        return [float(len(text)) for record in records for text in record.responses]
 
     write_rewards(questions, lengths, str(tmp_path / "rewards.jsonl"))
     answers = read_answers(str(tmp_path / "rewards.jsonl"), questions)

@@ -11,9 +11,9 @@ from step import METHODS
 from training.flags import (ELSEWHERE, METHOD_NAMES, MOST_ANCHORS, WORLD_FLAGS, build_parser,
                             parse_args)
 
-COMMANDS = ("train.py", "eval.py", "generate.py", "rlhf/ppo.py", "judge/__main__.py",
-            "study/__main__.py", "tools/export.py", "tools/heatmap.py", "tools/plot.py",
-            "tools/gguf.py")
+COMMANDS = ("train.py", "eval.py", "generate.py", "data.py", "rlhf/ppo.py", "judge/__main__.py",
+            "study/__main__.py", "study/real.py", "study/exact.py", "tools/export.py",
+            "tools/heatmap.py", "tools/plot.py", "tools/gguf.py")
 
 
 def test_what_is_written_twice_to_spare_imports_is_the_same():
