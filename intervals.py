@@ -6,6 +6,7 @@
 """
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ def t_probability(t: float, degrees: int) -> float:
     return integral(math.atan(t / math.sqrt(degrees))) / integral(math.pi / 2)
 
 
+@cache
 def t_quantile(degrees: int) -> float:
     """t with P(|T| < t) = 0.95: 12.706 at 1 degree of freedom, 1.960 in the limit."""
     low, high = 0.0, math.pi / 2                                                 # bisection

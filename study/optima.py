@@ -53,6 +53,7 @@ from ulma import (
     ulma_mse_loss,
 )
 from study.datasets import NEAR_BEST
+from study.roots import increasing_root
 from world import BAD_VERBS, Prompt, answers, held_out_prompts
 
 SMALLEST_LOGP = -400.0                           # stands for log 0
@@ -112,12 +113,12 @@ def demonstrations(how: str, habits: Tensor, rewards: Tensor) -> Tensor:
     return habits * (at_most ** int(how) - below ** int(how)) / (at_most - below)
 
 
-def population(data: str, prompt: Prompt, reference: Tensor | None = None,
-               independent: bool = False, scale: float = 1) -> Population:
+@cache
+def population(data: str, prompt: Prompt, independent: bool = False,
+               scale: float = 1) -> Population:
     """The limit of study.datasets.DATASETS[data] for a prompt.
 
     data          its name; "centred" is red-team with labels scale (z - 1/2)
-    reference     [Y] float64   log pi_ref (default: the habits)
     independent   whether the two draws of a pair may be equal; the data's differ
     """
     listed = answers(*prompt)
@@ -162,8 +163,7 @@ def population(data: str, prompt: Prompt, reference: Tensor | None = None,
         points, pair_reward = ((ratings, drawn),), None
     elif data not in PAIRS:
         raise ValueError(f"no exact limit of data {data!r}")
-    return Population(rewards, harmful, habits.log() if reference is None else reference, points,
-                      pair_reward)
+    return Population(rewards, harmful, habits.log(), points, pair_reward)
 
 
 # ---- optima -------------------------------------------------------------------------------------
@@ -172,31 +172,42 @@ def normalised(logps: Tensor) -> Tensor:
     return logps - logps.logsumexp(-1)
 
 
-def pointwise_optimum(loss: Callable[[Tensor], Tensor], size: int) -> Tensor:
+def pointwise_optimum(loss: Callable[[Tensor], Tensor], reference: Tensor) -> Tensor:
     """log pi [Y] that minimises a sum of convex losses of one answer each, where sum pi <= 1.
 
-    loss    log pi [L, Y] -> its losses [L, Y], weighted with the data
-    For a given lambda every answer's equation has one root, found by bisection; the sum of pi falls
-    with lambda, so lambda is narrowed down on a grid.
+    loss       log pi [Y] -> its losses [Y], weighted with the data
+    reference  [Y] float64   log pi_ref, where the first search starts
+    For a given lambda every answer's equation has one root, and the sum of pi falls with lambda:
+    a root within a root.
     """
-    low, high = -80.0, 12.0                                                      # of log lambda
-    lower = torch.full((size,), SMALLEST_LOGP, dtype=torch.float64)              # of log pi
-    upper = torch.full((size,), 3.0, dtype=torch.float64)
-    for _ in range(9):
-        grid = torch.linspace(low, high, 33, dtype=torch.float64)                # [L]
-        under, over = lower.repeat(33, 1), upper.repeat(33, 1)                   # [L, Y]
-        while (over - under).max() > 1e-12:
-            middle = ((under + over) / 2).requires_grad_()
-            slope, = torch.autograd.grad(loss(middle).sum(), middle)             # [L, Y]
-            middle = middle.detach()
-            falls = slope + grid.exp()[:, None] * middle.exp() <= 0
-            under, over = torch.where(falls, middle, under), torch.where(falls, over, middle)
-        first = int((under.exp().sum(1) <= 1).nonzero()[0])      # smallest lambda that is feasible
-        if first == 0:                                           # even lambda = 0: the rest leaves
-            return under[0]
-        low, high = float(grid[first - 1]), float(grid[first])
-        lower, upper = under[first] - 1e-11, over[first - 1] + 1e-11     # log pi falls with lambda
-    return under[first]
+    lowest, highest = (torch.full_like(reference, edge) for edge in (SMALLEST_LOGP, 3.0))
+    latest = reference                               # a search starts where the one before ended
+
+    def equations(logps: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
+        """dL/du + lambda exp(u), and its derivative by u: [Y] each"""
+        logps = logps.detach().requires_grad_()
+        total = loss(logps) + (log_lambda + logps).exp()
+        slope, = torch.autograd.grad(total.sum(), logps, create_graph=True)
+        curvature, = torch.autograd.grad(slope.sum(), logps)
+        return slope.detach(), curvature
+
+    def solved(log_lambda: Tensor) -> Tensor:
+        nonlocal latest
+        latest = increasing_root(lambda u: equations(u, log_lambda), lowest, highest, latest)
+        return latest
+
+    def shortfall(log_lambda: Tensor) -> tuple[Tensor, Tensor]:
+        """-log sum pi, and its derivative by log lambda: [1] each"""
+        logps = solved(log_lambda)
+        falls = (log_lambda + logps).exp() / equations(logps, log_lambda)[1]     # -du / d log lambda
+        return -logps.logsumexp(-1, True), logps.softmax(-1) @ falls.nan_to_num()[:, None]
+
+    smallest, largest, start = torch.tensor([[-80.0], [12.0], [0.0]], dtype=torch.float64)
+    logps = solved(smallest)
+    if logps.logsumexp(-1) <= 1e-12:                 # even lambda = 0: the rest leaves
+        return logps
+    logps = solved(increasing_root(shortfall, smallest, largest, start))
+    return logps - logps.logsumexp(-1).clamp(min=0)  # what rounding leaves above 1
 
 
 def point_loss(given: Population, loss: Callable[..., Tensor],
@@ -215,7 +226,7 @@ def point_loss(given: Population, loss: Callable[..., Tensor],
 def solve_points(given: Population, loss: Callable[..., Tensor],
                  label: float | None = None) -> Tensor:
     """log pi of the optimum of a point-wise loss, on all points or on those with one label: [Y]"""
-    return pointwise_optimum(point_loss(given, loss, label), len(given.reference))
+    return pointwise_optimum(point_loss(given, loss, label), given.reference)
 
 
 def solve_rlhf(reference: Tensor, rewards: Tensor, beta: float) -> Tensor:

@@ -36,8 +36,13 @@ def escaped(score: str) -> str:
 
 
 def plain(value: float, decimals: int = 2) -> str:
-    """A number without the sign of a rounded zero."""
-    return "∞" if value == math.inf else f"{round(value, decimals) + 0.0:.{decimals}f}"
+    """A number without the sign of a rounded zero.
+
+    Rounded to 9 decimals first: the last bits, which differ between processors, decide no digit.
+    """
+    if value == math.inf:
+        return "∞"
+    return f"{round(round(value, 9), decimals) + 0.0:.{decimals}f}"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -65,19 +70,19 @@ def shown_score(study: Study, key: Key, score: str) -> str:
 
 def table_lines(table: Table, scores: Sequence[str], study: Study) -> list[str]:
     """One row per cell, then base and pi* of every base model that the cells started from."""
-    rows, folders = [], []
+    rows, bases = [], {}                         # dict: every base once, in the order of the rows
     for cell in table.cells:
         start = [DATA_LABEL[cell.data], method_label(cell.name)]
         if not study.has(cell.key):
             rows.append([*start, "not run", *[""] * (len(scores) + 1)])
             continue
         results = study.results[cell.key].values()
-        folders += [row["runs"] for row in results if row["runs"] not in folders]
+        bases |= dict.fromkeys(row["runs"] for row in results)
         rates = sorted({row["learning_rate"] for row in results})
         rows.append([*start, *(shown_score(study, cell.key, score) for score in scores),
                      ", ".join(f"{rate:g}" for rate in rates), str(len(results))])
     golden = {cell.data for cell in table.cells} == {"golden"}
-    for folder in folders:
+    for folder in bases:
         for name in ("base", "pi* beta=0.5"):
             row = study.bounds[folder]["golden " * golden + name]
             rows.append(["", name, *(f"{row[score]:.3g}" if score in row else "–"

@@ -18,6 +18,7 @@ from study.optima import (
     solve,
     mean_optimum,
 )
+from study.roots import increasing_root
 from ulma import (
     d2o_loss,
     dpo_loss,
@@ -248,6 +249,22 @@ def test_a_population_is_what_many_rows_of_the_data_set_tend_to(data):
         mean = torch.tensor(rows).mean(0)
         assert float(mean[0]) == pytest.approx(reward / weight, abs=0.25)
         assert float(mean[1]) == pytest.approx(harmful / weight, abs=0.06)
+
+
+def test_increasing_root_finds_zeros_and_takes_the_bound_where_there_is_none():
+    # A line, steep and flat exponentials; no zero below, above; a function that is flat at 0.
+    zero = torch.tensor([0.25, -300, 2, 0, 0, 0], dtype=torch.float64)
+
+    def function(x):
+        value = torch.stack([x[0] - zero[0], (x[1] - zero[1]) / 50, x[2].exp() - zero[2].exp(),
+                             1 + x[3].exp(), x[4] - 9, 0 * x[5]])
+        slope = torch.stack([*torch.ones(1), torch.tensor(0.02), x[2].exp(), x[3].exp(),
+                             torch.tensor(1.0), 0 * x[5]])
+        return value, slope
+    low, high = torch.full_like(zero, -400), torch.full_like(zero, 3)
+    found = increasing_root(function, low, high, torch.zeros_like(zero))
+    assert_close(found[:3], zero[:3], atol=1e-10, rtol=0)
+    assert found[3] == -400 and found[4] == 3
 
 
 def test_bradley_terry_finds_rewards_and_the_largest_likelihood_under_flips():

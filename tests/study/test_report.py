@@ -1,7 +1,7 @@
 """study/report.py and rows.py: tables of what is done, rows replaced, verdicts shown."""
 from test_statistics import rows_of
 
-from study.report import plain, shown_score, try_claims, write_report
+from study.report import plain, shown_score, table_lines, try_claims, write_report
 from study.rows import read_rows, save_rows, sort_rows
 from study.statistics import Claim, holm
 from study.tables import TABLES
@@ -60,6 +60,20 @@ def test_a_cell_that_left_the_world_shows_its_median():
     assert shown_score(study, ("x", "b"), "E[r]") == "0.25"
     assert shown_score(study, ("x", "b"), "entropy") == "–"
     assert plain(-0.001) == "0.00" and plain(float("inf")) == "∞"
+    assert plain(3.335) == plain(3.335000000000001) == "3.33"
+
+
+def test_base_and_optimum_stand_once_for_every_base_that_runs_started_from():
+    # Bug this catches: they stood once for every seed of the first cell.
+    table = TABLES["z"]
+    rows = all_scores(rows_of({cell.key: [0.1, 0.2, 0.3] for cell in table.cells})
+                      + BOUNDS + [row | {"runs": "v"} for row in BOUNDS])
+    for row in rows:
+        if row["method"] == table.cells[-1].name:
+            row["runs"] = "v"
+    lines = table_lines(table, ("E[r]",), sort_rows(rows))
+    assert [line.split(" | ")[1] for line in lines[-5:-1]] == ["base", "pi* beta=0.5"] * 2
+    assert len(lines) == 2 + len(table.cells) + 4 + 1
 
 
 def test_claims_without_two_seeds_of_every_cell_are_left_out():

@@ -1,0 +1,26 @@
+"""Zeros of increasing functions, many at once: what optima.py solves its equations with."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]      # x -> f(x), f'(x), element by element
+
+
+def increasing_root(function: Derivatives, low: Tensor, high: Tensor, start: Tensor) -> Tensor:
+    """x [N] in [low, high] where increasing functions of one number each are 0; a bound where one
+    has no zero between.
+
+    Newton's steps; half of the bracket where a step would leave it, or is not half its last.
+    """
+    high = torch.where(function(low)[0] >= 0, low, high)
+    low = torch.where(function(high)[0] <= 0, high, low)
+    point, last = start.clamp(low, high), high - low
+    while last.abs().max() > 1e-12:
+        value, slope = function(point)
+        low, high = torch.where(value <= 0, point, low), torch.where(value > 0, point, high)
+        newton = point - value / slope               # NaN where a function is flat: comparisons fail
+        near = (newton - point).abs() <= (last.abs() / 2).clamp(min=1e-12)
+        following = torch.where(near & (newton >= low) & (newton <= high), newton, (low + high) / 2)
+        point, last = following, following - point
+    return point
