@@ -101,9 +101,9 @@ def flipped(rows: list[dict], share: float, seed: int) -> list[dict]:
             if rng.random() < share else row for row in rows]
 
 
-def large_pairs(seed: int) -> list[dict]:
-    """HH-like pairs, eight times as many: long training, to meet the optimum of infinite data."""
-    return group_prompts(draw_data(seed, 8 * RESPONSES)["pairs"], 2)
+def more_pairs(times: int, seed: int) -> list[dict]:
+    """HH-like pairs, so many times as many; the first are those of "hh"."""
+    return group_prompts(draw_data(seed, times * RESPONSES)["pairs"], 2)
 
 
 def mixture(seed: int) -> list[dict]:
@@ -119,7 +119,9 @@ DATASETS = {      # name: seed -> rows
     **{f"noise-{percent}": lambda seed, share=percent / 100: flipped(
         grouped_pairs("pairs", seed), share, seed) for percent in (10, 20, 30)},
     "mixture": mixture,
-    "large": large_pairs,
+    "size-quarter": lambda seed: grouped_pairs("pairs", seed)[:RESPONSES // 8],   # two a prompt
+    "size-four": partial(more_pairs, 4),
+    "large": partial(more_pairs, 8),     # long training, to meet the optimum of infinite data
     "hh":        lambda seed: grouped_pairs("pairs", seed),
     "golden":    lambda seed: grouped_pairs("golden", seed),
     "golden-10": lambda seed: dirty(grouped_pairs("golden", seed), 0.10, seed),

@@ -51,7 +51,7 @@ from study.figures import (
 from study.optima import OPTIMA, ceiling, mean_optimum
 from study.report import effect_shown, exploratory, markdown, plain
 from study.rows import Key, Study, read_rows, sort_rows
-from study.tables import method_label
+from study.tables import SAME_LIMIT, method_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,7 +136,7 @@ def scales() -> list[str]:
 
 def wanted(key: Key) -> float | None:
     """E[r] of the optimum of a cell of the study; None where there is none."""
-    data, method = "qa" if key[0] == "qa-pairs" else key[0], key[1]
+    data, method = SAME_LIMIT.get(key[0], key[0]), key[1]
     if data not in OPTIMA.get(method, ((), None))[0]:
         return None
     row = mean_optimum(data, method)

@@ -10,14 +10,15 @@ left the world (off-world above one half) the median (smallest to largest). Seed
 and initialisation anew; intervals say nothing of other prompts. 40 prompts that no objective
 trained on, exact over 288 answers each. –: not kept when these runs were made.
 
-E[r]: true reward in nats, off-world mass counting as the worst answer; E[r] inside: of valid
-answers only. harmful, good: mass on harmful answers and on those with positive reward. off-world:
-mass on no valid answer. refusal: mass on openings that refuse. KL: nats; pi* is the optimum at beta
-0.5. entropy: of the answers, nats. perplexity: per token, of the best answer. win/tie/lose: against
-the data's chosen answer, and the base's. objective: E[r] - 0.5 KL(pi‖ref). With h = beta
-log(pi/pi_ref): reward slope: of h on r*, 1 is ideal; reward accuracy: share of pairs of answers
-that h orders as r* does; calibration error: mean of |sigma(h) - sigma(r*)| under the base, which
-takes Z(x) = 1 at its word (pi* itself is not at 0).
+E[r]: true reward in nats, off-world mass counting as the worst answer; optimum: E[r] of the
+objective's optimum with infinite data; E[r] inside: of valid answers only. harmful, good: mass on
+harmful answers and on those with positive reward. off-world: mass on no valid answer. refusal: mass
+on openings that refuse. KL: nats; pi* is the optimum at beta 0.5. entropy: of the answers, nats.
+perplexity: per token, of the best answer. win/tie/lose: against the data's chosen answer, and the
+base's. objective: E[r] - 0.5 KL(pi‖ref). With h = beta log(pi/pi_ref): reward slope: of h on r*, 1
+is ideal; reward accuracy: share of pairs of answers that h orders as r* does; calibration error:
+mean of |sigma(h) - sigma(r*)| under the base, which takes Z(x) = 1 at its word (pi* itself is not
+at 0).
 """
 
 START = """A difference is better - worse, seed by seed, with its 95 % t interval; p: Student's t,
@@ -29,10 +30,10 @@ of Benjamini and Hochberg at 5 %, in which verdicts are by the adjusted p.
 The world (`world.py`): 288 answers to each prompt with known reward, so that every score is
 computed, not judged. {runs} runs in `runs.jsonl`, one thread each, seed 0 for tuning. A run: 2,432
 labelled answers (fewer where a table says so), one epoch, 76 steps of 32 answers or 16 pairs, beta
-0.5, LoRA r 8 on every layer. The tables dial, mixture, noise, artefacts, rewards and large start
-from another training of the base than the older rows, and are never paired with them. The older
-cells were tuned over 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 by the best of one seed on 12 prompts, 3 of them
-harmful requests; they were not retuned.
+0.5, LoRA r 8 on every layer. The tables dial, mixture, noise, size, beta, artefacts, rewards and
+large start from another training of the base than the older rows, and are never paired with them.
+The older cells were tuned over 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 by the best of one seed on 12 prompts,
+3 of them harmful requests; they were not retuned.
 
 What this cannot say: how large a gain is on a real language model, whether real labels follow
 Eq. 6, and what happens where answers cannot be listed. What it can: which objective turns the same
@@ -72,8 +73,7 @@ def headline(study: Study, papers: str) -> str:
 
 
 NOT_BUILT = (
-    "Not built: beta x rate retuned at 0.1 and 2 (120 runs), a quarter and four times the data "
-    "(60 runs, of 19 to 304 steps), negatives only at 76 steps with a rate per variant (80 runs), "
+    "Not built: negatives only at 76 steps with a rate per variant (80 runs), "
     "PPO of 40 and 160 steps beside its reward model (30 runs, up to 2 minutes each), a second set "
     "of answers with other lengths (a new base model and 40 runs), whole verbs held out (the dial "
     "again, about 130 runs), tuning with two seeds and factors of 2 everywhere (some 400 runs), "

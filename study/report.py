@@ -27,7 +27,17 @@ from study.statistics import (
     on_path,
     verdict,
 )
-from study.tables import DATA_LABEL, SHOWN, TABLES, Table, dial, method_label, shown
+from study.runs import BETA, Cell
+from study.tables import (
+    DATA_LABEL,
+    SAME_LIMIT,
+    SHOWN,
+    TABLES,
+    Table,
+    dial,
+    method_label,
+    shown,
+)
 
 
 def escaped(score: str) -> str:
@@ -79,7 +89,8 @@ def table_lines(table: Table, scores: Sequence[str], study: Study) -> list[str]:
         results = study.results[cell.key].values()
         bases |= dict.fromkeys(row["runs"] for row in results)
         rates = sorted({row["learning_rate"] for row in results})
-        rows.append([*start, *(shown_score(study, cell.key, score) for score in scores),
+        rows.append([*start, *(optimum_shown(cell) if score == "optimum" else
+                               shown_score(study, cell.key, score) for score in scores),
                      ", ".join(f"{rate:g}" for rate in rates), str(len(results))])
     golden = {cell.data for cell in table.cells} == {"golden"}
     for folder in bases:
@@ -90,11 +101,12 @@ def table_lines(table: Table, scores: Sequence[str], study: Study) -> list[str]:
     return markdown(("data", "method", *map(escaped, scores), "rate", "seeds"), rows)
 
 
-def optimum_shown(cell_data: str, method: str, after: str | None = None) -> str:
-    """E[r] of an objective's optimum with infinite data."""
-    if method not in OPTIMA or cell_data not in OPTIMA[method][0]:
+def optimum_shown(cell: Cell) -> str:
+    """E[r] of the optimum of a cell's objective, at its beta, with infinite data."""
+    data, beta = SAME_LIMIT.get(cell.data, cell.data), dict(cell.flags).get("beta", BETA)
+    if cell.method not in OPTIMA or data not in OPTIMA[cell.method][0]:
         return "–"
-    row = mean_optimum(cell_data, method, after=after)
+    row = mean_optimum(data, cell.method, beta, after=cell.after and cell.after.method)
     return "none: unbounded" if row is None else plain(row["E[r]"])
 
 
@@ -107,7 +119,7 @@ def dial_rows(study: Study, show: Callable[[Key], str]) -> list[list[str]]:
         cells = [shown(how, method, after) for how in SHOWN]
         if any(study.has(cell.key) for cell in cells):
             rows.append([method_label(cells[0].name), *(
-                f"{show(cell.key)} ({optimum_shown(cell.data, method, after)})"
+                f"{show(cell.key)} ({optimum_shown(cell)})"
                 if study.has(cell.key) else "not run" for cell in cells)])
     return rows
 

@@ -19,7 +19,7 @@ def increasing_root(function: Derivatives, low: Tensor, high: Tensor, start: Ten
     while last.abs().max() > 1e-12:
         value, slope = function(point)
         low, high = torch.where(value <= 0, point, low), torch.where(value > 0, point, high)
-        newton = point - value / slope               # NaN where a function is flat: comparisons fail
+        newton = point - value / slope               # NaN where a function is flat: never taken
         near = (newton - point).abs() <= (last.abs() / 2).clamp(min=1e-12)
         following = torch.where(near & (newton >= low) & (newton <= high), newton, (low + high) / 2)
         point, last = following, following - point

@@ -149,7 +149,7 @@ def arguments(run: Run) -> list[str]:
     flags = {"learning_rate": run.learning_rate, "seed": run.seed, "output_dir": run.folder,
              "save_steps": 100000, "beta": BETA} | dict(run.cell.flags)
     if run.cell.method.endswith("rlhf"):
-        flags |= {"reward_model": run.before.folder, "max_steps": PPO_STEPS}
+        flags = {"reward_model": run.before.folder, "max_steps": PPO_STEPS} | flags
     else:
         method = ALL_METHODS[run.cell.method]
         dataset = dataset_file(os.path.join(work_folder(), "data"), run.cell.data, run.seed)

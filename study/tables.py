@@ -17,6 +17,7 @@ METHOD_LABEL = {
     "negative_dpo": "negative DPO", "pointwise_mse": "pointwise DPO, squared error",
     "ulma_mse": "ULMA, squared error", "d2o": "D2O"}
 DATA_LABEL = {
+    "size-quarter": "304 BT pairs", "size-four": "4,864 BT pairs",
     "large": "HH-like pairs, 8 times as many",
     "shown-bt": "BT pairs", "shown-4": "best of 4", "shown-16": "best of 16",
     "shown-near-best": "one of the 16 best", "mixture": "mixture",
@@ -25,10 +26,13 @@ DATA_LABEL = {
     "qa-pairs": "QA-like points as pairs", "red-team": "red-team-like ratings",
     "negatives": "608 bad answers", "golden-10": "golden, 10 % dirty",
     "golden-30": "golden, 30 % dirty", "qa-10": "points, 10 % good", "qa-90": "points, 90 % good"}
+SAME_LIMIT = {       # data that tend to other data as there are more of them
+    "qa-pairs": "qa", "large": "hh", "size-quarter": "shown-bt", "size-four": "shown-bt"}
 FLAG_LABEL = {
     "num_anchors": "K {}", "refresh_anchors": "new anchors every {} steps",
     "logp_reduction": "{} log-probs", "reduction": "--reduction {}",
-    "num_train_epochs": "{} epochs", "Z": "{} Z", "after": "after {}", "learning_rate": "rate {}"}
+    "num_train_epochs": "{} epochs", "max_steps": "{} steps", "Z": "{} Z",
+    "after": "after {}", "learning_rate": "rate {}"}
 
 
 def method_label(name: str) -> str:
@@ -121,6 +125,19 @@ def fixed(data: str, method: str, rate: float, seeds: int, **flags: object) -> C
     return Cell(data, method, tuple(flags.items()), seeds=seeds, rates=(rate,))
 
 
+def like_bt(data: str, method: str, seeds: int) -> Cell:
+    """A method at the rate that it has on the dial's BT pairs."""
+    return Cell(data, method, tuned_as=shown("bt", method), seeds=seeds, rates=RATES[method])
+
+
+def at_beta(method: str, beta: float) -> Cell:
+    """A method on the dial's BT pairs with another beta and a rate tuned for it."""
+    return Cell("shown-bt", method, (("beta", beta),), seeds=3,
+                rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3))
+
+
+FOUR = ("sft", "ulma", "pointwise_dpo", "dpo")
+
 # ---- tables -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -132,6 +149,7 @@ class Table:
 
 
 MAIN = ("E[r]", "harmful", "off-world", "KL(pi||ref)", "perplexity")
+WITH_OPTIMUM = ("E[r]", "optimum", *MAIN[1:])
 WINS = ("win/chosen", "tie/chosen", "lose/chosen", "win/base", "tie/base", "lose/base")
 WINS_OF_BASE = ("win/base", "tie/base", "lose/base")
 NEW_SCORES = ("E[r] inside", "refusal", "entropy", "KL(pi||pi*)", "reward accuracy")
@@ -160,11 +178,26 @@ TABLES = {
         [fixed("mixture", method, dial_rate(method), 3)
          for method in ("sft", "ulma", "pointwise_dpo", "kto")]),
     "noise": Table(
-        "Label noise: chosen and rejected exchanged in 30 % of BT pairs",
-        "Rates are the dial's, not tuned here.",
-        (MAIN, NEW_SCORES),
-        [fixed("noise-30", method, dial_rate(method), 2)
-         for method in ("sft", "ulma", "pointwise_dpo", "dpo")]),
+        "Label noise: chosen and rejected exchanged in 10, 20 and 30 % of BT pairs",
+        "Same pairs, seed by seed, as the dial's BT pairs (0 %), at the rates found there.",
+        (WITH_OPTIMUM, NEW_SCORES),
+        [cell for method in FOUR for cell in (
+            shown("bt", method), *(like_bt(f"noise-{percent}", method, 5)
+                                   for percent in (10, 20, 30)))]),
+    "size": Table(
+        "How many pairs: a quarter and four times the dial's BT pairs",
+        "One epoch each, 19, 76 and 304 steps, at the dial's rates; a set of pairs holds all of "
+        "the smaller sets.",
+        (WITH_OPTIMUM, NEW_SCORES),
+        [cell for method in FOUR for cell in (
+            like_bt("size-quarter", method, 3), shown("bt", method),
+            like_bt("size-four", method, 3))]),
+    "beta": Table(
+        "Beta 0.1 and 2 on BT pairs, each with a rate of its own",
+        "Rates tuned over 2.5e-4 to 4e-3 in factors of 2; beta 0.5 is the dial's cell.",
+        (WITH_OPTIMUM, NEW_SCORES),
+        [cell for method in FOUR[1:] for cell in (
+            at_beta(method, 0.1), shown("bt", method), at_beta(method, 2))]),
     "artefacts": Table(
         "Settings that decided a verdict, changed",
         "Ratings z - 1/2 (z with log_z 1/2) at beta 0.1 in place of z at 0.5; anchors of the "
@@ -185,7 +218,8 @@ TABLES = {
     "large": Table(
         "Long training at large data, to meet the optimum of infinite data",
         "HH-like pairs, eight times as many; one seed.",
-        (MAIN,), [fixed("large", "sft", 1e-3, 1), fixed("large", "pointwise_dpo", 1e-3, 1)]),
+        (WITH_OPTIMUM,),
+        [fixed("large", "sft", 1e-3, 1), fixed("large", "pointwise_dpo", 1e-3, 1)]),
     "hh": Table(
         "Every method on HH-like pairs (ULMA, Table 1)",
         "Prompts of one form, 288 answers to each: this tells objectives apart under a true "

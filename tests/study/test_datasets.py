@@ -1,5 +1,7 @@
 """study/datasets.py: order, shares and labels of the data sets."""
+import itertools
 import math
+from collections import Counter
 
 import pytest
 
@@ -68,4 +70,13 @@ def test_flips_and_mixtures():
     shown = {(row["prompt"], row["chosen"]) for row in DATASETS["shown-near-best"](3)}
     assert sum((row["prompt"], row["completion"]) in shown for row in mixed) >= RESPONSES // 2 - 20
     assert RESPONSES - 20 < len(mixed) <= RESPONSES
-    assert len(DATASETS["large"](3)) == 4 * RESPONSES
+
+
+def test_sets_of_pairs_of_different_size_hold_the_smaller_ones():
+    sets = [[tuple(row.values()) for row in DATASETS[name](3)]
+            for name in ("size-quarter", "shown-bt", "size-four", "large")]
+    assert [2 * len(rows) for rows in sets] == [RESPONSES // 4, RESPONSES, 4 * RESPONSES,
+                                                8 * RESPONSES]
+    assert all(set(few) < set(many) for few, many in itertools.pairwise(sets))
+    prompts = Counter(prompt for prompt, *_ in sets[0])
+    assert len(prompts) == len(training_prompts()) and set(prompts.values()) == {2}

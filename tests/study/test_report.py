@@ -1,10 +1,18 @@
 """study/report.py and rows.py: tables of what is done, rows replaced, verdicts shown."""
 from test_statistics import rows_of
 
-from study.report import plain, shown_score, table_lines, try_claims, write_report
+from study.optima import mean_optimum
+from study.report import (
+    optimum_shown,
+    plain,
+    shown_score,
+    table_lines,
+    try_claims,
+    write_report,
+)
 from study.rows import read_rows, save_rows, sort_rows
 from study.statistics import Claim, holm
-from study.tables import TABLES
+from study.tables import TABLES, at_beta, like_bt, shown
 
 BOUNDS = [{"data": "bounds", "method": name, "seed": 0, "runs": "w"}
           for name in ("base", "pi* beta=0.5")]
@@ -74,6 +82,17 @@ def test_base_and_optimum_stand_once_for_every_base_that_runs_started_from():
     lines = table_lines(table, ("E[r]",), sort_rows(rows))
     assert [line.split(" | ")[1] for line in lines[-5:-1]] == ["base", "pi* beta=0.5"] * 2
     assert len(lines) == 2 + len(table.cells) + 4 + 1
+
+
+def test_the_optimum_beside_a_cell_is_that_of_its_beta_and_of_endless_data():
+    assert optimum_shown(at_beta("ulma", 2)) == plain(mean_optimum("hh", "ulma", 2)["E[r]"])
+    assert optimum_shown(like_bt("size-four", "ulma", 3)) == plain(
+        mean_optimum("shown-bt", "ulma")["E[r]"])
+    assert optimum_shown(like_bt("noise-30", "dpo", 5)) == plain(
+        mean_optimum("noise-30", "dpo")["E[r]"])
+    assert optimum_shown(shown("bt", "dpo", "sft")) == plain(
+        mean_optimum("shown-bt", "dpo", after="sft")["E[r]"])
+    assert optimum_shown(shown("bt", "kto")) == "–"
 
 
 def test_claims_without_two_seeds_of_every_cell_are_left_out():
