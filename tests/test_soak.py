@@ -13,14 +13,14 @@ from conftest import ONE_THREAD, ROOT
 
 def test_some_disturbed_rounds_end_with_the_same_bytes(tmp_path):
     run = subprocess.run([
-        sys.executable, str(ROOT / "tests/soak.py"), "--rounds", "3", "--jobs", "generate",
+        sys.executable, str(ROOT / "tests/soak.py"), "--rounds", "2", "--jobs", "generate",
         "--out", str(tmp_path / "soak.json")], env=ONE_THREAD | {"TMPDIR": str(tmp_path)},
         capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     figures = json.loads((tmp_path / "soak.json").read_text())
-    assert (figures["rounds"], figures["faults"]) == (3, [])
-    assert sum(row["times"] for row in figures["rows"]) >= 2
-    assert "3 rounds, 0 lost" in run.stdout and not list(tmp_path.glob("soak-*"))
+    assert (figures["rounds"], figures["faults"]) == (2, [])
+    assert sum(row["times"] for row in figures["rows"]) >= 1
+    assert "2 rounds, 0 lost" in run.stdout and not list(tmp_path.glob("soak-*"))
 
 
 @pytest.mark.parametrize("code, shown, changed, fault", [
