@@ -90,7 +90,7 @@ def ask_questions(path: str, url: str, model: str, out: str, workers: int, timeo
             raise ValueError(f"{where}: answered by {row.get('model')!r}, not {model!r}; one file "
                              "holds the answers of one judge")
     todo = [row for name, row in questions.items() if name not in answers]
-    print(f"{len(answers)} of {len(questions)} questions are answered in {out}")
+    print(f"{len(answers)} of {len(questions)} questions are answered in {out}; {len(todo)} to ask")
 
     def ask(question: dict) -> tuple[str, str | None, str]:
         body = {"model": model, "messages": [{"role": "user", "content": question["text"]}],
@@ -112,3 +112,4 @@ def ask_questions(path: str, url: str, model: str, out: str, workers: int, timeo
         after = f", {in_a_row} in a row at the end" * (in_a_row == GIVE_UP_AFTER)
         raise ConnectionError(f"{len(failures)} of {len(todo)} questions got no answer{after} (the "
                               f"same command asks them again); the last, {failures[-1]}")
+    print(f"{len(todo)} answers added to {out}")

@@ -108,8 +108,10 @@ def write_questions(generations: str, against: str, out: str) -> None:
     if not pairs:
         raise ValueError(f"no prompt of {generations} has an answer in {against}")
     write_text(out, "".join(json.dumps(row) + "\n" for row in make_questions(pairs)))
-    print(f"{out}: {len(pairs)} pairs, {2 * len(pairs)} questions; {len(responses) - len(pairs)} "
-          f"generations left out: no answer to their prompt in {against}")
+    left_out = len(responses) - len(pairs)
+    print(f"{out}: {len(pairs)} pairs, {2 * len(pairs)} questions"
+          + (f"; {left_out} generations left out: no answer to their prompt in {against}" if left_out
+             else ""))
 
 
 def read_questions(path: str) -> dict[str, dict]:
@@ -177,3 +179,4 @@ def write_rewards(questions: dict[str, dict], rewards_of: Callable[[list[Record]
     rewards = rewards_of(records)
     write_text(path, "".join(json.dumps({"id": row["id"], "reward_a": a, "reward_b": b}) + "\n"
                              for row, a, b in zip(rows, rewards[::2], rewards[1::2])))
+    print(f"{path}: rewards of {len(rows)} pairs")

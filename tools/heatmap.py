@@ -192,8 +192,12 @@ PAGE = """\
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 1rem/1.7 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; }}
-h1, h2 {{ line-height: 1.3; overflow-wrap: anywhere; }}
+h1, h2 {{ font-size: 1.5rem; line-height: 1.3; overflow-wrap: anywhere; }}
+h2, .prompt:not(h2 + .prompt) {{ margin-top: 2.5rem; }}
+sub {{ line-height: 0; }}
 .prompt {{ color: #666; font-size: .85rem; border-left: 3px solid; padding-left: 1rem; }}
+.score {{ margin-bottom: 0; }}
+.response {{ margin-top: 0; }}
 @media (prefers-color-scheme: dark) {{ .prompt {{ color: #aaa; }} }}
 .prompt, .response {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 .response span, .legend span {{ color: #000; padding: .1rem 0; border-radius: 2px; }}
@@ -235,8 +239,8 @@ def page(runs: dict[str, tuple[float, list[Response]]]) -> str:
         for number, response in enumerate(responses):
             if not number or response.prompt != responses[number - 1].prompt:
                 parts.append(f'<p class="prompt">{html.escape(visible(response.prompt))}</p>')
-            parts.append(f"<p>z = {response.score:g}, implicit reward {response.reward:+.3f} "
-                         "nats</p>")
+            parts.append(f'<p class="score">z = {response.score:g}, implicit reward '
+                         f"{response.reward:+.3f} nats</p>")
             parts.append('<p class="response">' + "".join(
                 token_span(token, limit) for token in response.tokens) + "</p>")
     ends = {steps[0]: "and below", limit: "and above"}

@@ -1,4 +1,4 @@
-"""Draw the curves of runs from their metrics.jsonl: one PNG and one SVG, a panel per metric.
+"""Draw the curves of runs: one PNG and one SVG, a panel per metric of metrics.jsonl and eval.jsonl.
 
     python -m tools.plot runs/ulma runs/dpo --out curves          writes curves.png and curves.svg
 
@@ -25,11 +25,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 PANELS = {           # in this order; a metric that is not here comes after them under its own name
     "loss": "loss",
+    "eval/loss": "loss, held out",
     "rewards/positive": "reward of good responses",
     "rewards/negative": "reward of bad responses",
     "rewards/margins": "reward margin of pairs",
+    "eval/rewards/margins": "reward margin of pairs, held out",
     "rewards/accuracies": "pairs ordered right",
+    "eval/rewards/accuracies": "pairs ordered right, held out",
     "objective/kl": "KL to the reference, nats",
+    "eval/kl": "KL to the reference, held out, nats a token",
     "logps/positive": "log-prob of good responses, nats",
     "logps/negative": "log-prob of bad responses, nats",
     "grad_norm": "gradient norm",
@@ -37,23 +41,24 @@ PANELS = {           # in this order; a metric that is not here comes after them
 }
 NO_PANEL = ("step", "tokens", "lr")
 
-Lines = list[dict[str, float]]           # of one metrics.jsonl
+Lines = list[dict[str, float]]           # of one run's metrics.jsonl and eval.jsonl
 
 
 def read_metrics(run: str) -> Lines:
     """The logged lines of a run, finished or not; raises FileNotFoundError or ValueError else."""
-    file = os.path.join(run, "metrics.jsonl")
     lines = []
-    for number, text in enumerate(whole_lines(file), 1):
-        try:
-            line = json_value(text.encode())
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: not JSON: {error}") from None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise ValueError(f"{file}:{number}: not a line of metrics: it has no step")
-        lines.append(line)
+    for file in (os.path.join(run, name) for name in ("metrics.jsonl", "eval.jsonl")):
+        for number, text in enumerate(whole_lines(file), 1):
+            try:
+                line = json_value(text.encode())
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: not JSON: {error}") from None
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError(f"{file}:{number}: not a line of metrics: it has no step")
+            lines.append(line)
     if not lines:
-        raise FileNotFoundError(f"{file} holds no logged step{what_it_is(run, 'run')}")
+        raise FileNotFoundError(f"{os.path.join(run, 'metrics.jsonl')} holds no logged step"
+                                f"{what_it_is(run, 'run')}")
     return lines
 
 
@@ -110,7 +115,7 @@ def draw(runs: Mapping[str, Lines], share: float = 0.1) -> "Figure":
                        zorder=2, linestyle=dashes, marker="o" if len(values) == 1 else None)
         panel.set_title(PANELS.get(key, key), fontsize=11, loc="left")
         panel.set_xlabel("step", fontsize=10)
-        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         panel.tick_params(labelsize=9)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -106,7 +106,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], help="linear layers")
     flag = parser.add_argument_group("size and speed").add_argument
     flag("--max_length", type=int, default=1024, help="tokens of prompt + response")
-    flag("--max_prompt_length", type=int, default=512, help="longer prompts lose their left end")
+    flag("--max_prompt_length", type=int, help="longer prompts lose their left end (default: half "
+         "of --max_length)")
     flag("--micro_tokens", type=int, default=8192, help="tokens per forward pass and rank")
     flag("--bf16", action="store_true", help="bfloat16 weights; adapters stay float32")
     flag("--gradient_checkpointing", action="store_true",
@@ -213,6 +214,8 @@ def parse_args(argv: Sequence[str] | None = None, methods: Collection[str] = MET
     if args.dataset is None:
         parser.set_defaults(**WORLD_FLAGS)               # the flags that were given still win
         args = parser.parse_args(argv)
+    if args.max_prompt_length is None:
+        args.max_prompt_length = args.max_length // 2
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
     check_flags(args)
     check_d2o_flags(args)

@@ -37,6 +37,17 @@ def test_known_metrics_come_first_and_steps_get_no_panel():
     assert plot.metrics_of(runs) == ["loss", "grad_norm", "new"]
 
 
+def test_what_was_measured_on_held_out_data_is_drawn_beside_what_was_logged(tmp_path):
+    # of ULMA the log has neither margins nor KL: eval.jsonl does
+    run = write_run(tmp_path / "run", lines(1, "loss", "grad_norm"))
+    rows = [line | {"answers": [{"prompt": "x"}]} for line in lines(2, "eval/kl", "eval/loss")]
+    (tmp_path / "run/eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = {"run": plot.read_metrics(run)}
+    assert plot.metrics_of(runs) == ["loss", "eval/loss", "eval/kl", "grad_norm"]
+    assert [line["eval/kl"] for line in runs["run"] if "eval/kl" in line] == [
+        2 * n for n in range(10)]
+
+
 def test_an_unfinished_line_is_left_out_and_a_bad_one_is_named(tmp_path):
     run = write_run(tmp_path / "run", lines(1, "loss"), '{"step": 11, "lo')
     assert len(plot.read_metrics(run)) == 10

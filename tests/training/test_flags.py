@@ -40,6 +40,13 @@ def test_trls_names_with_the_same_meaning_are_taken():
     assert args.dataset == "d.jsonl"
 
 
+def test_half_of_a_sequence_is_the_prompts_unless_said_otherwise():
+    # --max_length 256 alone was refused: it met a default of 512 that nobody had given
+    for given, want in (([], 512), (["--max_length", "256"], 128),
+                        (["--max_length", "256", "--max_prompt_length", "200"], 200)):
+        assert parse_args(given).max_prompt_length == want
+
+
 def test_no_default_is_shown_where_there_is_none():
     shown = build_parser().format_help()
     assert "None" not in shown and "False" not in shown and "default: 0.1" in shown
