@@ -139,7 +139,8 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     names = [line.partition(":")[2].strip() for line in whole_lines("/proc/cpuinfo")
              if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{(names or [platform.machine()])[0]}, {threads} thread{'s' * (threads > 1)}"
 
 
 def read_rows(out: str) -> list[dict]:

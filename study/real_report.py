@@ -6,6 +6,7 @@ mean and its 95 % t interval over seeds stand there instead (intervals.seed_inte
 import json
 import math
 import os
+from textwrap import fill
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -143,7 +144,7 @@ def right_of(row: dict) -> Tensor:
 def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[str]:
     """What the intervals say, in sentences: nothing else is claimed."""
     def names(found: list[str]) -> str:
-        return ", ".join(found) or "none"
+        return "; ".join(found) or "none"
     trained = {label(method): rows for (method, rate), rows in methods.items() if rate}
     accuracy = {name: estimate(rows, "accuracy") for name, rows in trained.items()}
     above = [name for name, (value, half) in accuracy.items() if value - half > 0.5]
@@ -270,7 +271,8 @@ def draw(out: str, rows: list[dict], file: str) -> str | None:
     if len(methods) < 2 or ("base", 0) not in methods or not (plt := pyplot()):
         return None
     base = methods.pop(("base", 0))[0]
-    names = [f"{label(method)}, {rate:g}" for method, rate in methods]
+    several = len({rate for _, rate in methods}) > 1
+    names = [fill(label(method) + f", {rate:g}" * several, 22) for method, rate in methods]
     figure, axes = plt.subplots(2, 2, figsize=(11, 3 + 0.6 * len(names)), layout="constrained")
     places = range(len(names))[::-1]
     for axis, score, line, title in (
