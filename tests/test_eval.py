@@ -11,13 +11,14 @@ from conftest import write_jsonl
 from helpers import reward_model_in
 
 import eval as evaluate
+import files.cli
 from eval import (agreement, evaluate_world, evaluate_world_rewards, held_out_trees, kl, optimum,
                   short_names, with_rest, world_logps, world_scores, world_trees)
 from intervals import bootstrap, wins
 from model import load_llama
 from step import tree_rewards
 from tokenizer import Tokenizer, encode_dialogue
-from training.checkpoint import FinishedRun
+from training.checkpoint import FinishedRun, held_out_records
 from world import answers, held_out_prompts, question
 
 # three answers: text, r*, harmful, probability under the base
@@ -176,6 +177,17 @@ def test_runs_are_measured_on_the_same_rows_with_the_same_cuts(tmp_path, tiny_mo
     assert "cut at 2048 tokens, prompts at 2047" in capsys.readouterr().out
     with pytest.raises(ValueError, match="sft held out nothing of"):
         held_out_trees({"dpo": flags, "sft": flags | {"held_out": 0.0}}, None)
+
+
+def test_reading_what_was_held_out_is_not_silent_and_one_rank_says_so(tmp_path, monkeypatch,
+                                                                      capsys):
+    # a million pairs take a minute and a half to read
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a?", "completion": "b"}] * 3)
+    monkeypatch.setattr(files.cli, "SHOWN_EVERY", -1.0)
+    for rank, lines in (("0", 3), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert len(held_out_records("run", {}, path)[1]) == 3
+        assert capsys.readouterr().out.count("records read: ") == lines
 
 
 def test_labelled_rows_of_a_prompt_have_a_reward_accuracy(tmp_path, tiny_model, monkeypatch):

@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data import Record, is_held_out, read_files
+from files.cli import show_progress
 from files.folders import what_it_is
+from files.interrupt import speaks
 from files.lock import holds
 from files.manifest import FINAL, check_final, read_manifest, write_manifest
 from files.text import check_keys, read_json, remove_folder, sha256, write_folder
@@ -303,7 +305,8 @@ def run_tokenizer(path: str, flags: dict) -> Tokenizer:
 def held_out_records(path: str, flags: dict, dataset: str | None) -> tuple[str, list[Record]]:
     """(file, records) to measure a run on: `dataset`, else what it held out of its own data."""
     file = dataset or flags["dataset"]
-    records = [record for record in read_files(file, Counter())
+    records = [record for record in show_progress(read_files(file, Counter()), "records read",
+                                                  shown=speaks())
                if dataset is not None or is_held_out(record, flags["held_out"])]
     if not records:
         raise ValueError(f"{path} held out nothing of {file}: train it with --held_out, or "
