@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from study.optima import OPTIMA, ceiling, mean_optimum
 from study.rows import Key, Study
 from study.statistics import MARGIN, clipped
-from study.tables import DATA_LABEL, RATES, SHOWN, method_label, shown
+from study.tables import DATA_LABEL, FOUR, RATES, SAME_LIMIT, SHOWN, method_label, shown
 from world import BAD_VERBS, held_out_prompts
 
 if TYPE_CHECKING:
@@ -98,6 +98,39 @@ def draw_dial(plt: ModuleType, study: Study, found: "Found") -> "Figure":
     axis.set_ylabel("true reward E[r], nats")
     axis.set_ylim(-3, 3.6)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+DATA_PANELS = (   # x axis, {data: x}
+    ("BT pairs (one epoch)", {"size-quarter": 304, "shown-bt": 1216, "size-four": 4864}),
+    ("BT pairs with chosen and rejected exchanged, %",
+     {"shown-bt": 0, "noise-10": 10, "noise-20": 20, "noise-30": 30}))
+
+
+def draw_data(plt: ModuleType, study: Study, found: "Found") -> "Figure | None":
+    """E[r] reached over the number of pairs, and over label noise; optima dashed."""
+    if not study.has(("size-four", "dpo"), ("noise-10", "dpo")):
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    for axis, (label, places) in zip(axes, DATA_PANELS, strict=True):
+        for method in FOUR:
+            colour, marker = STYLE[method]
+            means, lows, highs = zip(*(
+                clipped(list(study.values((data, method), "E[r]").values()), "E[r]")
+                for data in places), strict=True)
+            axis.fill_between(places.values(), lows, highs, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(places.values(), means, color=colour, marker=marker,
+                      label=method_label(method))
+            axis.plot(places.values(), [mean_optimum(SAME_LIMIT.get(data, data), method)["E[r]"]
+                                        for data in places], color=colour, linestyle="--")
+        axis.set_xlabel(label)
+    axes[0].plot([], [], color=GREY, linestyle="--", label="its optimum, infinite data")
+    axes[0].set_xscale("log")
+    axes[0].set_xticks([304, 1216, 4864], ["304", "1,216", "4,864"])
+    axes[0].set_xticks([], minor=True)
+    axes[1].set_xticks([0, 10, 20, 30])
+    axes[0].set_ylabel("true reward E[r], nats")
+    shared_legend(figure, axes, loc="outside upper center", ncols=5)
     return figure
 
 
@@ -247,6 +280,8 @@ FIGURES = {      # name: function, caption
              "method would end with infinite data; points, where runs of 76 steps ended."),
     "kl": (draw_kl, "Reward against KL on the dial: from the base to the end of each run by "
            "pi_ref^(1-a) pi^a; large: the mean over seeds."),
+    "data": (draw_data, "True reward over the number of pairs and over label noise: dashed, the "
+             "optimum with infinite data; bands, 95 % t intervals over seeds."),
     "kinds": (draw_kinds, "Harm against helpfulness, by kind of request; larger: better "
               "demonstrations."),
     "knobs": (draw_knobs, "Reward against KL on HH-like pairs, one line per knob (older base)."),

@@ -181,7 +181,6 @@ def pointwise_optimum(loss: Callable[[Tensor], Tensor], reference: Tensor) -> Te
     a root within a root.
     """
     lowest, highest = (torch.full_like(reference, edge) for edge in (SMALLEST_LOGP, 3.0))
-    latest = reference                               # a search starts where the one before ended
 
     def equations(logps: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
         """dL/du + lambda exp(u), and its derivative by u: [Y] each"""
@@ -192,7 +191,7 @@ def pointwise_optimum(loss: Callable[[Tensor], Tensor], reference: Tensor) -> Te
         return slope.detach(), curvature
 
     def solved(log_lambda: Tensor) -> Tensor:
-        nonlocal latest
+        nonlocal latest                              # a search starts where the one before ended
         latest = increasing_root(lambda u: equations(u, log_lambda), lowest, highest, latest)
         return latest
 
@@ -203,6 +202,7 @@ def pointwise_optimum(loss: Callable[[Tensor], Tensor], reference: Tensor) -> Te
         return -logps.logsumexp(-1, True), logps.softmax(-1) @ falls.nan_to_num()[:, None]
 
     smallest, largest, start = torch.tensor([[-80.0], [12.0], [0.0]], dtype=torch.float64)
+    latest = torch.where(equations(lowest, smallest)[0] >= 0, lowest, reference)
     logps = solved(smallest)
     if logps.logsumexp(-1) <= 1e-12:                 # even lambda = 0: the rest leaves
         return logps

@@ -11,16 +11,15 @@ def increasing_root(function: Derivatives, low: Tensor, high: Tensor, start: Ten
     """x [N] in [low, high] where increasing functions of one number each are 0; a bound where one
     has no zero between.
 
-    Newton's steps; half of the bracket where a step would leave it, or is not half its last.
+    Newton's steps, cut at the bracket; half of the bracket where a step is not half its last. A
+    start at such a bound saves the steps to it.
     """
-    high = torch.where(function(low)[0] >= 0, low, high)
-    low = torch.where(function(high)[0] <= 0, high, low)
     point, last = start.clamp(low, high), high - low
     while last.abs().max() > 1e-12:
         value, slope = function(point)
         low, high = torch.where(value <= 0, point, low), torch.where(value > 0, point, high)
-        newton = point - value / slope               # NaN where a function is flat: never taken
+        newton = (point - value / slope).clamp(low, high)     # NaN where a function is 0: not near
         near = (newton - point).abs() <= (last.abs() / 2).clamp(min=1e-12)
-        following = torch.where(near & (newton >= low) & (newton <= high), newton, (low + high) / 2)
+        following = torch.where(near, newton, (low + high) / 2)
         point, last = following, following - point
     return point

@@ -198,6 +198,21 @@ TABLES = {
         (WITH_OPTIMUM, NEW_SCORES),
         [cell for method in FOUR[1:] for cell in (
             at_beta(method, 0.1), shown("bt", method), at_beta(method, 2))]),
+    "ppo": Table(
+        "PPO for 40 and 160 steps, beside its reward model",
+        "BT pairs. The reward model's row is of the policy pi_ref exp(rhat / beta) / Z that PPO "
+        "would end at if it were perfect, computed; reward accuracy is there the model's. PPO's "
+        "rate is the one tuned at 40 steps on HH-like pairs of the older base.",
+        (WITH_OPTIMUM, NEW_SCORES),
+        [fixed("shown-bt", "reward_model", REWARD_MODEL_RATE, 2),
+         *(fixed("shown-bt", "rlhf", 1e-3, 2, max_steps=steps) for steps in (40, 160))]),
+    "negatives": Table(
+        "Negatives only for 76 steps, each method with a rate of its own",
+        "608 bad answers, four epochs; rates tuned over 2.5e-4 to 2e-3 in factors of 2.",
+        (D2O_SCORES, NEW_SCORES),
+        [Cell("negatives", cell.method, (("num_train_epochs", 4), *cell.flags), seeds=2,
+              rates=(2.5e-4, 5e-4, 1e-3, 2e-3))
+         for cell in (UNLEARNING, NEGATIVE_DPO, d2o(1), d2o(4), d2o(11))]),
     "artefacts": Table(
         "Settings that decided a verdict, changed",
         "Ratings z - 1/2 (z with log_z 1/2) at beta 0.1 in place of z at 0.5; anchors of the "

@@ -264,7 +264,7 @@ def test_increasing_root_finds_zeros_and_takes_the_bound_where_there_is_none():
     low, high = torch.full_like(zero, -400), torch.full_like(zero, 3)
     found = increasing_root(function, low, high, torch.zeros_like(zero))
     assert_close(found[:3], zero[:3], atol=1e-10, rtol=0)
-    assert found[3] == -400 and found[4] == 3
+    assert float(found[3]) == pytest.approx(-400, abs=1e-9) and found[4] == 3
 
 
 def test_bradley_terry_finds_rewards_and_the_largest_likelihood_under_flips():
