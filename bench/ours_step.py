@@ -4,7 +4,6 @@
     ours-ulma          ULMA on the same responses (no reference for the good ones)
     ours-d2o           D2O: a bad response and K = 11 anchors share their prompt in one tree
     ours-d2o-unshared  the very same step with a copy of the prompt for each of the 12
-    ours-dpo-dense     DPO with plain torch's attention, on a GPU
 
 All run their reference in the step, as the first epoch does. Imports torch and the project, so only
 workers import this file.
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 from breakdown import make_model, necessary_flops
-from task import BETA, DTYPES, LEARNING_RATE, MAX_GRAD_NORM, OURS
+from task import BETA, DTYPES, LEARNING_RATE, MAX_GRAD_NORM
 
 from d2o import add_anchors
 from kernels import choose_linear_logps
@@ -81,7 +80,7 @@ def ours_step(folder: Path, name: str, size: str, precision: str, device: str,
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     objective = Objective(METHODS[method], beta=BETA, alpha=BETA)
     compute = Compute(device, micro_tokens, choose_linear_logps("auto", device),
-                      choose_attention(OURS[name], device))
+                      choose_attention("auto", device))
     notes = {"necessary_flops": necessary_flops(model, method, trees),
              "micro_tokens": micro_tokens, "kernels": compute.linear_logps.__name__,
              "attention": compute.attention}

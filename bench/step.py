@@ -54,8 +54,7 @@ from trl_step import NEEDS, TRL, trl_step
 
 DEFAULT = {"cpu": ("ours-dpo", "ours-ulma", "trl", "trl-compact", "ours-d2o", "ours-d2o-unshared"),
            # on a GPU trl is compact itself; with --together 2 ours-dpo takes turns with trl-tuned
-           "cuda": ("ours-dpo", "trl-tuned", "trl", "ours-dpo-dense", "ours-ulma", "ours-d2o",
-                    "ours-d2o-unshared")}
+           "cuda": ("ours-dpo", "trl-tuned", "trl", "ours-ulma", "ours-d2o", "ours-d2o-unshared")}
 PRECISIONS = ("fp32", "bf16")
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}   # relative, of losses; bf16 rounds at different places
 TRL_PAIRS = 8                              # Trainer's default micro-batch

@@ -17,9 +17,7 @@ SIZES = {     # a Llama's shape, with the names of config.json
               "num_key_value_heads": 8, "intermediate_size": 1408, "vocab_size": 32000},
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}}
-OURS = {      # implementation: its attention. The second word of the name is the method
-    "ours-dpo": "auto", "ours-dpo-dense": "dense", "ours-ulma": "auto", "ours-d2o": "auto",
-    "ours-d2o-unshared": "auto"}
+OURS = ("ours-dpo", "ours-ulma", "ours-d2o", "ours-d2o-unshared")    # the second word: the method
 LORA_R, LORA_ALPHA, LORA_TARGETS = 8, 32, ("q_proj", "v_proj")
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-4, 1.0            # but for the rate, TRL's defaults
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}               # of the frozen weights
