@@ -99,8 +99,8 @@ def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tupl
             for row in rows_of[ids]:
                 places += [(row, cache.starts[row] + i, p) for i, p in enumerate(positions)]
                 ends.append((row, positions[-1]))
-        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device,
-                                      choose_attention("auto", weight.device.type))
+        how = choose_attention("auto", weight.device.type, model.config.head_dim)
+        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device, how)
         input_ids, position_ids, places, ends = (
             torch.tensor(t, device=weight.device) for t in (input_ids, position_ids, places, ends))
         hidden = model(input_ids, position_ids, segments,
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         load_adapter(model, args.adapter[-1])
     ids = prompt_ids_of(model, tokenizer, [("Human", __doc__)], args.max_new_tokens)
     checked(model, [Tree(ids, [ids[1:]], [1.0], [])], Compute(
-        device, attention=choose_attention("auto", device)), show=False)
+        device, attention=choose_attention("auto", device, model.config.head_dim)), show=False)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
                         tokenizer.unused_ids(model.config.vocab_size))
     generator = torch.Generator().manual_seed(args.seed)

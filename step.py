@@ -270,7 +270,7 @@ def stream_rewards(model: Llama, stream: Stream) -> Tensor:
 def tree_rewards(model: Llama, trees: list[Tree], micro_tokens: int = 8192) -> Tensor:
     """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R]."""
     device = model.score.weight.device
-    attention = choose_attention("auto", device.type)
+    attention = choose_attention("auto", device.type, model.config.head_dim)
     groups = pack(feed_last_tokens(trees), micro_tokens)
     return torch.cat([stream_rewards(model, build_stream(group, device, None, attention))
                       for group in show_progress(groups, "rewards: micro-batch", len(groups))])

@@ -61,13 +61,27 @@ def complete(url: str, key: str, body: dict, timeout: float, tries: int) -> tupl
     return None, f"{' '.join(failure[:300].split())} (after {attempt} of {tries} tries)"
 
 
-def cut_torn_line(path: str) -> None:
-    """Remove what a kill left of the last answer in a file; make the file if there is none."""
-    end = len("".join(whole_lines(path)).encode())
+def model_of(line: bytes) -> object:
+    """The model that an answer names; False of a line that a kill cut short."""
+    try:
+        row = json_value(line)
+    except ValueError:
+        return False
+    return row.get("model") if isinstance(row, dict) else None
+
+
+def end_last_line(path: str, model: str) -> None:
+    """End a file of one model's answers with a whole line: what a kill left of one is cut, a missing
+    end is added. Any other file is left for `read_answers` to refuse; if there is none, it is made."""
+    kept = [line.encode() for line in whole_lines(path)]
     with open(path, "ab+") as file:
-        file.seek(end)
-        if b'{"id": "'.startswith(file.read(8)):
-            file.truncate(end)
+        file.seek(end := sum(map(len, kept)))
+        rest = file.read()
+        if all(model_of(line) == model for line in kept):
+            if model_of(rest) == model:
+                file.write(b"\n")
+            elif model_of(rest) is False and b'{"id": "'.startswith(rest[:8]):
+                file.truncate(end)
 
 
 def ask_questions(path: str, url: str, model: str, out: str, workers: int, timeout: float,
@@ -83,7 +97,7 @@ def ask_questions(path: str, url: str, model: str, out: str, workers: int, timeo
     if not key.isascii() or not key.isprintable():
         raise ValueError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     questions = read_questions(path)
-    cut_torn_line(out)
+    end_last_line(out, model)
     answers = read_answers(out, questions) if os.path.getsize(out) else {}
     for where, row in answers.values():
         if row.get("model") != model:

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .tree_attention import TreeSegments, tree_attention, tree_attention_problem, tree_blocks
+from .tree_attention import (
+    MAX_HEAD_DIM,
+    TreeSegments,
+    tree_attention,
+    tree_attention_problem,
+    tree_blocks,
+)
 
 ATTENTIONS = ("dense", "tree")
 BLOCK_TOKENS = 256      # small trees share one dense block up to this size
@@ -31,17 +37,19 @@ def to_device(values: Tensor | list, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def choose_attention(name: str, device_type: str) -> str:
+def choose_attention(name: str, device_type: str, head_dim: int = MAX_HEAD_DIM) -> str:
     """The attention of this name: "dense", "tree", or "auto".
 
-    name         "auto": tree on a GPU, dense elsewhere
+    name         "auto": tree on a GPU, where it takes heads of that width; else dense
     device_type  as of a torch.device
+    head_dim     Dh, where it is known
     raises       ValueError, in one sentence, if it cannot run here
     """
     if name == "auto":
-        name = "tree" if device_type == "cuda" else "dense"
+        name = "tree" if device_type == "cuda" and head_dim <= MAX_HEAD_DIM else "dense"
     if name == "tree" and (problem := tree_attention_problem(device_type)):
-        raise ValueError(f"tree attention cannot run: {problem}; --kernels torch runs everywhere")
+        raise ValueError(f"tree attention cannot run: {problem}; train.py --kernels torch runs "
+                         "everywhere")
     return name
 
 

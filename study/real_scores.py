@@ -168,7 +168,8 @@ def make_pairs(records: list[Record], tokenizer: Tokenizer, max_length: int) -> 
 def all_logps(model: Llama, trees: list[Tree]) -> Tensor:
     """log π(y | x) of every response of trees, in order: [R] float64, nats."""
     device = model.lm_head.weight.device
-    compute = Compute(device, attention=choose_attention("auto", device.type))
+    compute = Compute(device, attention=choose_attention(
+        "auto", device.type, model.config.head_dim))
     found = tree_logps(partial(nullcontext, model), trees, lambda score: True, False, compute)
     return torch.tensor([logp for row in found for logp in row], dtype=torch.float64)
 

@@ -95,6 +95,8 @@ def draw(runs: Mapping[str, Lines], share: float = 0.1) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     metrics = metrics_of(runs)
+    if not metrics:
+        raise ValueError("these runs have logged no number yet")
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     legend_rows = -(-len(runs) // columns)
@@ -105,14 +107,15 @@ def draw(runs: Mapping[str, Lines], share: float = 0.1) -> "Figure":
         panel.remove()
     for panel, key in zip(panels[:len(metrics)], metrics, strict=True):
         for number, lines in enumerate(runs.values()):
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["step"], line[key]) for line in lines
+                      if isinstance(line.get(key), (int, float))]
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
             colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
             panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3, zorder=1)
             panel.plot(steps, smooth(values, share * len(values)), color=colour, linewidth=2,
-                       zorder=2, linestyle=dashes, marker="o" if len(values) == 1 else None)
+                       zorder=2, linestyle=dashes, marker="o" if len(values) < 10 else None)
         panel.set_title(PANELS.get(key, key), fontsize=11, loc="left")
         panel.set_xlabel("step", fontsize=10)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))

@@ -215,7 +215,7 @@ def parse_args(argv: Sequence[str] | None = None, methods: Collection[str] = MET
         parser.set_defaults(**WORLD_FLAGS)               # the flags that were given still win
         args = parser.parse_args(argv)
     if args.max_prompt_length is None:
-        args.max_prompt_length = args.max_length // 2
+        args.max_prompt_length = max(2, args.max_length // 2)
     args.output_dir = os.path.normpath(args.output_dir.replace("METHOD", args.method))
     check_flags(args)
     check_d2o_flags(args)

@@ -69,8 +69,8 @@ def check_output_dir(path: str, flags: dict) -> None:
     file = os.path.join(path, "args.json")
     if os.path.isfile(file):
         if changed := changed_flags(file, flags)[0]:
-            raise ValueError(f"{path} holds a run with other flags ({changed}); choose another "
-                             "--output_dir, or remove the folder")
+            raise ValueError(f"{path} holds a run with other flags ({changed}); to continue "
+                             "it give them as they were, else choose another --output_dir")
         if os.path.isdir(os.path.join(path, "final")):
             raise ValueError(f"{path} holds a finished run; choose another --output_dir, or "
                              "remove the folder")

@@ -235,6 +235,17 @@ def test_a_torn_last_line_is_asked_again_and_a_foreign_file_is_left_alone(ask):
     ask.out.write_bytes(b'{"id": "qZ", "model": "m"}\n')
     with pytest.raises(ValueError, match="torn.jsonl:1: id 'qZ' is not among the 2 questions"):
         ask("right", "AB", out="torn.jsonl")
+    # another program's, without an end: it gets one; and a torn one of another model is not cut
+    compact = b'{"model":"m","id":"qA","answer":"A"}'
+    ask.out.write_bytes(compact)
+    assert len(ask("right", "AB", out="torn.jsonl")) == 2
+    assert ask.out.read_bytes().startswith(compact + b"\n")
+    for other in (b'{"id": "qA", "model": "other", "answer": "A"}\n{"id": "qB", "mo',
+                  b'{"id": "qA", "order": "ab"}'):                  # a file of questions
+        ask.out.write_bytes(other)
+        with pytest.raises(ValueError):
+            ask("right", "AB", out="torn.jsonl")
+        assert ask.out.read_bytes() == other
 
 
 def test_a_killed_client_goes_on_and_asks_nothing_twice_but_what_was_on_its_way(server, tmp_path):

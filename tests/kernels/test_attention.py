@@ -122,6 +122,7 @@ def test_auto_is_our_kernels_on_a_gpu():
     assert choose_attention("auto", "cpu") == "dense"
     assert choose_attention("auto", "cuda") == "tree"
     assert choose_attention("auto", "mps") == "dense"
+    assert choose_attention("auto", "cuda", 160) == "dense"       # wider than the kernels take
     for how in ATTENTIONS:
         assert choose_attention(how, "cuda") == how
 
@@ -134,10 +135,10 @@ def test_a_way_that_is_none_is_refused():
 
 def test_attention_that_cannot_run_here_is_refused(monkeypatch):
     assert choose_attention("dense", "cpu") == "dense"
-    with pytest.raises(ValueError, match="tree attention cannot run: .*needs a GPU .*; --kernels torch"):
+    with pytest.raises(ValueError, match="tree attention cannot run: .*needs a GPU .*; train.py --kernels torch"):
         choose_attention("tree", "cpu")
     monkeypatch.setattr(attention_file, "tree_attention_problem", lambda device_type: "no Triton")
-    with pytest.raises(ValueError, match="tree attention cannot run: no Triton; --kernels torch"):
+    with pytest.raises(ValueError, match="tree attention cannot run: no Triton; train.py --kernels torch"):
         choose_attention("auto", "cuda")
 
 

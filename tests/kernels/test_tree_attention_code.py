@@ -174,7 +174,7 @@ REFUSALS = {                      # shapes and dtypes of q, k and v, tokens, and
     "width": ([(3, 2, 16), (3, 2, 32), (3, 2, 32)], {}, 3, r"k \[3, 2, 32\], v .*; expected"),
     "rows": ([(3, 2, 16), (4, 2, 16), (4, 2, 16)], {}, 3, r"k \[4, 2, 16\], v .*; expected"),
     "heads": ([(3, 4, 16), (3, 3, 16), (3, 3, 16)], {}, 3, "expected a multiple of k's heads"),
-    "too wide": ([(3, 2, 129)] * 3, {}, 3, "and heads of at most 128 .--kernels torch takes"),
+    "too wide": ([(3, 2, 129)] * 3, {}, 3, "and heads of at most 128 .train.py --kernels torch takes"),
     "float64": ([(3, 2, 16)] * 3, {0: torch.float64, 1: torch.float64, 2: torch.float64}, 3,
                 "q is torch.float64, .* expected all float32 or all bfloat16"),
     "mixed": ([(3, 2, 16)] * 3, {2: torch.bfloat16}, 3, "v torch.bfloat16; expected all float32"),
@@ -208,4 +208,4 @@ def test_without_triton_the_other_ways_still_work(tmp_path):
                          env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert run.stdout.splitlines() == [
         "dense", "tree attention cannot run: Triton cannot be imported (ImportError: no wheel "
-        "for this machine); --kernels torch runs everywhere"], run.stderr
+        "for this machine); train.py --kernels torch runs everywhere"], run.stderr
