@@ -109,7 +109,8 @@ DATA_PANELS = (   # x axis, {data: x}
 
 def draw_data(plt: ModuleType, study: Study, found: "Found") -> "Figure | None":
     """E[r] reached over the number of pairs, and over label noise; optima dashed."""
-    if not study.has(("size-four", "dpo"), ("noise-10", "dpo")):
+    if not study.has(*((data, method) for _, places in DATA_PANELS for data in places
+                       for method in FOUR)):
         return None
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
     for axis, (label, places) in zip(axes, DATA_PANELS, strict=True):

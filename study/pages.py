@@ -76,7 +76,8 @@ NOT_BUILT = (
     "Not built: a second set "
     "of answers with other lengths (a new base model and 40 runs), whole verbs held out (the dial "
     "again, about 130 runs), tuning with two seeds and factors of 2 everywhere (some 400 runs), "
-    "scores along the way for the speed of convergence (60 runs).")
+    "scores along the way for the speed of convergence (60 runs), D2O with other anchors than four of "
+    "the base at 76 steps (30 runs, longer ones).")
 
 
 def not_run(study: Study) -> str:
