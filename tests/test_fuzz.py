@@ -31,7 +31,7 @@ from damage import damage_of
 import d2o
 from data import read_dataset, read_prompts
 from files.cli import HIDDEN, INPUT_ERRORS, sentence_of
-from judge.endpoint import complete, cut_torn_line
+from judge.endpoint import complete, end_last_line
 from judge.questions import make_questions, read_answers, read_generations, read_questions
 from judge.score import judged_pairs
 from lora import add_lora, load_adapter, save_adapter, share_base
@@ -415,7 +415,7 @@ def judge(folder, tokenizer):
 
     def read():
         asked = read_questions(str(questions))
-        cut_torn_line(str(folder / files[1]))
+        end_last_line(str(folder / files[1]), "judge")
         for file in files[1:]:
             judged_pairs(asked, read_answers(str(folder / file), asked))
     return Target(folder, files, read)

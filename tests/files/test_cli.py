@@ -67,7 +67,7 @@ def test_ctrl_c_ends_a_command_in_one_line(capsys):
     assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("command", ["train.py", "judge score --questions a --answers b"])
+@pytest.mark.parametrize("command", ["train.py", "rlhf.ppo --reward_model r --output_dir o"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(command, tmp_path):
     # Bug this catches: 20 lines of torch's imports; the command's first line must look after it.
     words = command.split()
