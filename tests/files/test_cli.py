@@ -81,9 +81,12 @@ class Tell:
             print("importing", flush=True)
 sys.meta_path.insert(0, Tell)
 """)
+    def heed_ctrl_c():                     # which a job that a shell runs in the background ignores
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen([sys.executable, *script], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=ONE_THREAD | {
-                                   "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+                               env=ONE_THREAD | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
