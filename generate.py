@@ -67,14 +67,14 @@ from torch import Tensor
 
 from data import ROLES, Record, Tokenizer, encode_dialogue, read_prompts
 from files.text import append_text
-from kernels.attention import attention_segments, choose_attention, exact_backends
+from kernels.attention import attention_segments, exact_backends
 from lora import load_adapter, lora_disabled, start_from_adapter
 from model import Cache, Llama, LlamaConfig, linear, load_llama
 from packing import Tree, group_by_size, truncate
-from step import Compute
+from step import Compute, attention_for
+from training import start_check
 from training.checkpoint import check_order, tokenizer_after
 from training.output import file_flags, own_file, rows_done
-from training.start_check import checked
 
 PREFILL_TOKENS = 8192      # prompts go through the model in streams of up to this size
 HEAD_ROWS = 2000           # rows of the head per product: a CPU takes a fifth longer for 32,000
@@ -99,8 +99,8 @@ def prefill(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> tupl
             for row in rows_of[ids]:
                 places += [(row, cache.starts[row] + i, p) for i, p in enumerate(positions)]
                 ends.append((row, positions[-1]))
-        how = choose_attention("auto", weight.device.type, model.config.head_dim)
-        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device, how)
+        segments = attention_segments(tree_ids, [0] * len(tree_ids), weight.device,
+                                      attention_for(model))
         input_ids, position_ids, places, ends = (
             torch.tensor(t, device=weight.device) for t in (input_ids, position_ids, places, ends))
         hidden = model(input_ids, position_ids, segments,
@@ -350,9 +350,10 @@ def main(argv: list[str] | None = None) -> None:
         start_from_adapter(model, before)
     if args.adapter:
         load_adapter(model, args.adapter[-1])
-    ids = prompt_ids_of(model, tokenizer, [("Human", __doc__)], args.max_new_tokens)
-    checked(model, [Tree(ids, [ids[1:]], [1.0], [])], Compute(
-        device, attention=choose_attention("auto", device, model.config.head_dim)), show=False)
+    if device in start_check.CHECKED_DEVICES:
+        ids = prompt_ids_of(model, tokenizer, [("Human", __doc__)], args.max_new_tokens)
+        start_check.check_start(model, [Tree(ids, [ids[1:]], [1.0], [])],
+                                Compute(device, attention=attention_for(model)))
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
                         tokenizer.unused_ids(model.config.vocab_size))
     generator = torch.Generator().manual_seed(args.seed)

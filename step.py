@@ -208,6 +208,11 @@ def scored_hidden(model: Llama, stream: Stream) -> Tensor:
     return hidden.index_select(0, stream.row_ids)
 
 
+def attention_for(model: Llama) -> str:
+    """Which way of kernels/attention.py suits the model's device and heads."""
+    return choose_attention("auto", model.lm_head.weight.device.type, model.config.head_dim)
+
+
 def token_logps(model: Llama, stream: Stream,
                 linear_logps: Callable[..., LinearLogps] = linear_logps) -> Tensor:
     """log π(y_t | x, y_<t) of every scored token of a stream, by one model: [N] float32, nats."""
@@ -228,7 +233,7 @@ def sequence_logps(model: Llama, stream: Stream, mean: bool = False,
 
 @torch.no_grad()
 def tree_logps(reference: Reference, trees: list[Tree], wanted: Callable[[float], bool],
-                    mean: bool, compute: Compute) -> list[list[float]]:
+               mean: bool, compute: Compute) -> list[list[float]]:
     """log π_ref(y | x) of every response of every tree, nats, to be cached; 0 where not wanted.
 
     wanted   score -> bool: which responses
@@ -270,8 +275,7 @@ def stream_rewards(model: Llama, stream: Stream) -> Tensor:
 def tree_rewards(model: Llama, trees: list[Tree], micro_tokens: int = 8192) -> Tensor:
     """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R]."""
     device = model.score.weight.device
-    attention = choose_attention("auto", device.type, model.config.head_dim)
-    groups = pack(feed_last_tokens(trees), micro_tokens)
+    groups, attention = pack(feed_last_tokens(trees), micro_tokens), attention_for(model)
     return torch.cat([stream_rewards(model, build_stream(group, device, None, attention))
                       for group in show_progress(groups, "rewards: micro-batch", len(groups))])
 

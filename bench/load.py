@@ -118,13 +118,12 @@ def work(folder: str, device: str) -> None:
     done("import", threads=torch.get_num_threads())
     model = load_llama(folder, torch.bfloat16, device)
     done("load", parameters=sum(p.numel() for p in model.parameters()))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.manual_seed(0)                   # of the tokens, and of the adapter
     ids = torch.randint(3, model.config.vocab_size, (FORWARD_TOKENS,), generator=generator)
     with torch.no_grad():
         hidden = model(ids.to(device))                                           # [T, D]
         logits = linear(hidden[-1:], model.lm_head.weight)                       # [1, V]
     done("forward", tokens=len(ids), finite=bool(logits.isfinite().all()))
-    torch.manual_seed(0)
     add_lora(model, r=8, dropout=0.0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.gradient_checkpointing = device == "cuda"
@@ -272,7 +271,8 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="7b", help="the model's shape")
     parser.add_argument("--tmp", help="folder for the 13.5 GB model (default: the system's)")
     parser.add_argument("--keep", action="store_true", help="leave the model there")
-    parser.add_argument("--out", type=Path, help="default: bench/results/load-SIZE.json, with -bin, -cuda")
+    parser.add_argument("--out", type=Path, help="default: bench/results/load-SIZE.json, "
+                        "with -bin, -cuda")
     parser.add_argument("--worker", help=argparse.SUPPRESS)           # what `watch` starts
     args = parser.parse_args()
     if args.worker:

@@ -338,7 +338,8 @@ def _check(q, k, v, segments):
                          "[T, H, Dh] and twice [T, Hkv, Dh]")
     if q.shape[1] % k.shape[1] or q.shape[2] > MAX_HEAD_DIM:
         raise ValueError(f"q is {list(q.shape)}, k {list(k.shape)}; expected a multiple of k's "
-                         f"heads, and heads of at most {MAX_HEAD_DIM} (train.py --kernels torch takes any)")
+                         f"heads, and heads of at most {MAX_HEAD_DIM} (train.py --kernels torch "
+                         "takes any)")
     if q.dtype not in (torch.float32, torch.bfloat16) or {k.dtype, v.dtype} != {q.dtype}:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected all float32 or all "
                          "bfloat16")

@@ -92,7 +92,7 @@ class Clipping:
 
 
 def minibatch_gradient(models: ModuleDict, rollouts: list[Rollout], num_tokens: int,
-                        clipping: Clipping, compute: Compute) -> Tensor:
+                       clipping: Clipping, compute: Compute) -> Tensor:
     """Forward and backward of this rank's share of a minibatch; returns [loss, *UPDATE_METRICS].
 
     models       "policy" and "value"

@@ -17,10 +17,9 @@ from data import Record
 from generate import generate
 from intervals import wins
 from judge.score import reward_outcomes
-from kernels.attention import choose_attention
 from model import Llama
 from packing import Tree, make_trees
-from step import Compute, tree_logps, tree_rewards
+from step import Compute, attention_for, tree_logps, tree_rewards
 from tokenizer import Tokenizer, encode_dialogue
 
 MILD_PROMPTS = (
@@ -167,9 +166,7 @@ def make_pairs(records: list[Record], tokenizer: Tokenizer, max_length: int) -> 
 
 def all_logps(model: Llama, trees: list[Tree]) -> Tensor:
     """log π(y | x) of every response of trees, in order: [R] float64, nats."""
-    device = model.lm_head.weight.device
-    compute = Compute(device, attention=choose_attention(
-        "auto", device.type, model.config.head_dim))
+    compute = Compute(model.lm_head.weight.device, attention=attention_for(model))
     found = tree_logps(partial(nullcontext, model), trees, lambda score: True, False, compute)
     return torch.tensor([logp for row in found for logp in row], dtype=torch.float64)
 

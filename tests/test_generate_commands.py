@@ -268,7 +268,7 @@ def test_an_adapters_run_decides_on_the_chat_template(command, tiny_model, tmp_p
         code, _, error = command(*flags, "--chat_template", "vicuna")
     finally:
         generate_file.encode_dialogue = original
-    assert "Q how A" in seen and seen[-1].endswith("USER: how ASSISTANT:")
+    assert seen[0] == "Q how A" and seen[1].endswith("USER: how ASSISTANT:")
     assert code == 0 and "--chat_template vicuna is another one than" in error
 
 
