@@ -213,8 +213,8 @@ class Study:
         if run.learning_rate and not os.path.isdir(os.path.join(self.folder(run), "final")):
             train.main(self.arguments(run))
 
-    def model_of(self, run: Training) -> tuple[Llama, Tensor | None]:
-        """(the run's model, in float32; log-probs of the held-out pairs under its own reference,
+    def model_of(self, run: Training, part: str = "held-out") -> tuple[Llama, Tensor | None]:
+        """(the run's model, in float32; log-probs of a part of the pairs under its own reference,
         where that is not the base)."""
         if not run.learning_rate:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
@@ -224,7 +224,7 @@ class Study:
         if "sft_adapter" not in dict(run.cell.flags):
             return model, None
         with reference() as before:
-            pairs = self.of(run.cell.data).pairs["held-out"]
+            pairs = self.of(run.cell.data).pairs[part]
             return model, measuring.all_logps(before, pairs.trees)
 
     # measuring
@@ -250,7 +250,7 @@ class Study:
                     "accuracy se": measuring.standard_error(right)}
         part = "tune" if run.seed == TUNING_SEED else "held-out"
         reference = self.base_logps(name, part)
-        model, own = self.model_of(run)
+        model, own = self.model_of(run, part)
         reference = reference if own is None else own
         policy = measuring.all_logps(model, data.pairs[part].trees) if run.learning_rate \
             else reference
