@@ -3,6 +3,7 @@
 A ± over prompts is 1.96 standard errors of one run; where a method was run with several seeds, the
 mean and its 95 % t interval over seeds stand there instead (intervals.seed_interval).
 """
+import itertools
 import json
 import math
 import os
@@ -187,7 +188,17 @@ def rates_table(rows: list[dict]) -> list[str]:
             cells.append("not run" if not found else "failed" if "failed" in found[0] else
                          shown(found, "accuracy"))
         lines.append(f"| {label(method)} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return [*lines, "", rates_compared([row for row in tuning if "right" in row]), ""]
+
+
+def rates_compared(tuning: list[dict]) -> str:
+    """A sentence: how many pairs of rates of a method differ in accuracy, on the same pairs."""
+    gaps = [right_of(one) - right_of(other) for one, other in itertools.combinations(tuning, 2)
+            if one["method"] == other["method"]]                                # [P] each
+    beyond = sum(abs(float(gap.mean())) > 1.96 * standard_error(gap) for gap in gaps)
+    return fill("Compared on the same pairs, the accuracies of two rates of a method differ by more "
+                f"than 1.96 standard errors in {beyond} of {len(gaps)} cases; in "
+                f"{len(gaps) / 20:.1f} they would if no rate mattered.", 100)
 
 
 def command(settings: dict) -> str:

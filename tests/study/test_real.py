@@ -104,6 +104,15 @@ def test_seeds_take_the_rate_with_the_best_accuracy_once_all_are_run():
     assert {run.seed for run in runs[2:]} == set(real.SEEDS)
 
 
+def test_two_rates_are_compared_pair_by_pair():
+    # 16 pairs: the second rate is right on all where the first is right on half, 8 of 16: 0.5 with
+    # a standard error of 0.129. The third is right on one more than the first; b has one rate.
+    rows = [{"method": method, "right": right} for method, right in (
+        ("a", "01" * 8), ("a", "1" * 16), ("a", "11" + "01" * 7), ("b", "0" * 16))]
+    assert "in 2 of 3 cases; in 0.1 they would" in " ".join(
+        real_report.rates_compared(rows).split())
+
+
 # ---- the whole of it ----------------------------------------------------------------------------
 
 @pytest.fixture
