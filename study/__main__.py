@@ -6,9 +6,10 @@
     python -m study.exact            what each objective wants, without any run
 
 1. Data of every shape is drawn from the world, anew for every seed (datasets.py).
-2. A *cell* is a method on data (tables.py). Where it has several learning rates it is tuned: one
-   run of seed 0 for each, E[r] on 24 training prompts, half of them harmful requests, and the
-   middle of the plateau (`plateau`). Test prompts are not used.
+2. A *cell* is a method on data (tables.py). Where it has several learning rates it is tuned, in
+   factors of 2: two runs for each rate, E[r] on 24 training prompts, half of them harmful requests;
+   more rates while the best is the smallest or the largest tried, and then the middle of the
+   plateau (`plateau`). Test prompts are not used.
 3. With that rate it is trained with seeds 1, 2, …, and measured on 40 prompts that no objective
    trained on (the base did): exactly, over all valid answers (runs.py).
 4. report.py compares cells seed by seed (claims.py, statistics.py), and writes tables, figures and
@@ -45,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
 
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,12 +55,12 @@ import torch
 
 from study import exact
 from study.report import write_report
-from study.rows import save_rows
-from study.runs import TUNING_SEED, Cell, Run, bounds, end_with_parent, execute
+from study.rows import TUNING_SEEDS, save_rows
+from study.runs import Cell, Run, bounds, end_with_parent, execute
 from study.tables import TABLES
+from study.tuning import next_rates, plateau
 from world import ensure_world
 
-PLATEAU = 0.25                                   # nats below the best tuning run
 
 
 # ---- the schedule -------------------------------------------------------------------------------
@@ -103,35 +103,38 @@ class Schedule:
               f"lr {run.learning_rate:<6g} seed {run.seed}  {reward:12}  {left}", flush=True)
 
 
-def plateau(rewards: dict[float, float]) -> float:
-    """The rate in the middle of those within PLATEAU nats of the best one; of two, the smaller.
-
-    rewards   {rate: E[r]}; -inf or NaN where training broke
-    """
-    rewards = {rate: -math.inf if math.isnan(value) else value for rate, value in rewards.items()}
-    best = max(rewards.values())
-    near = sorted(rate for rate, value in rewards.items() if value >= best - PLATEAU)
-    return near[(len(near) - 1) // 2]
+def tune(cells: list[Cell], schedule: Schedule) -> tuple[dict[Cell, dict[float, float]],
+                                                         dict[Run, dict]]:
+    """({cell: {rate: E[r], the mean of TUNING_SEEDS}}, scores of all these runs)."""
+    rewards, scores = {cell: {} for cell in cells}, {}
+    wanted = {cell: sorted({*cell.rates, cell.rate or cell.rates[0]}) for cell in cells}
+    while any(wanted.values()):
+        runs = {(cell, rate): [Run(cell, rate, seed) for seed in TUNING_SEEDS]
+                for cell, rates in wanted.items() for rate in rates}
+        schedule.total += len(TUNING_SEEDS) * len(runs)
+        scores |= schedule.scores([run for pair in runs.values() for run in pair])
+        for (cell, rate), pair in runs.items():
+            rewards[cell][rate] = sum(scores[run]["E[r]"] for run in pair) / len(pair)
+        wanted = {cell: next_rates(rewards[cell]) for cell, rates in wanted.items() if rates}
+    return rewards, scores
 
 
 def execute_cells(cells: list[Cell], schedule: Schedule, seeds: int = MOST_SEEDS) -> list[dict]:
-    """Tune every cell that has no rate, then run its seeds; returns a row of runs.jsonl per run.
+    """Tune every cell that has rates to try, then run its seeds; a row of runs.jsonl per run.
 
     seeds   no cell gets more
     """
     leaders = {cell: cell.tuned_as or cell for cell in cells}
-    tuned = list(dict.fromkeys(leader for leader in leaders.values() if len(leader.rates) > 1))
-    trials = [Run(cell, rate, TUNING_SEED) for cell in tuned for rate in cell.rates]
+    tuned = [leader for leader in dict.fromkeys(leaders.values()) if leader.rates]
     tests = [(cell, seed) for seed in range(1, seeds + 1) for cell in cells if seed <= cell.seeds]
-    before = list(dict.fromkeys(run.before for run in trials + [
-        Run(cell, 0, seed) for cell, seed in tests] if run.before))
-    schedule.total = len(before) + len(trials) + len(tests)
+    before = list(dict.fromkeys(run.before for run in [
+        *(Run(cell, 0, seed) for cell in tuned for seed in TUNING_SEEDS),
+        *(Run(cell, 0, seed) for cell, seed in tests)] if run.before))
+    schedule.total += len(before) + len(tests)
     schedule.scores(before)
-    tuning = schedule.scores(trials)
-    rates = {cell: plateau({rate: tuning[Run(cell, rate, TUNING_SEED)]["E[r]"]
-                            for rate in cell.rates}) for cell in tuned}
-    tested = schedule.scores([Run(cell, rates.get(leaders[cell], leaders[cell].rates[0]), seed)
-                              for cell, seed in tests])
+    rewards, tuning = tune(tuned, schedule)
+    rates = {cell: cell.rate or plateau(rewards[cell]) for cell in dict.fromkeys(leaders.values())}
+    tested = schedule.scores([Run(cell, rates[leaders[cell]], seed) for cell, seed in tests])
     return [run.row() | scores for run, scores in (tuning | tested).items()]
 
 

@@ -9,14 +9,21 @@ from study.statistics import Claim
 from study.tables import (
     DIRTY_D2O,
     LENGTH_AVERAGE_BETAS,
+    DATA_LABEL,
+    FOUR,
+    MEANS,
     METHOD_LABEL,
     NEGATIVE_DPO,
+    SHOWN,
     UNLEARNING,
     Cell,
     cells,
     d2o,
+    like,
     mean_logps,
+    negatives,
     shown,
+    tuned_second_step,
     unbalanced,
 )
 
@@ -35,16 +42,17 @@ def same_data(source: str, words: str, data: str, better: str, worse: str,
 # ---- primary ------------------------------------------------------------------------------------
 
 PRIMARY = [
-    versus("primary 1", "BT pairs: ULMA beats SFT", shown("bt", "ulma"), shown("bt", "sft")),
-    versus("primary 2", "BT pairs: ULMA beats DPO at equal KL", shown("bt", "ulma"),
-           shown("bt", "dpo"), how="at equal KL"),
-    versus("primary 3", "best of 4: ULMA beats DPO", shown("4", "ulma"), shown("4", "dpo")),
-    versus("primary 4", "best of 16: ULMA beats pointwise DPO", shown("16", "ulma"),
-           shown("16", "pointwise_dpo")),
+    versus("primary 1", "HH-like pairs: ULMA beats SFT", shown("hh", "ulma"), shown("hh", "sft")),
+    versus("primary 2", "HH-like pairs: ULMA beats DPO at equal KL", shown("hh", "ulma"),
+           shown("hh", "dpo"), how="at equal KL"),
+    versus("primary 3", "best of 4: ULMA beats DPO", shown("shown-4", "ulma"),
+           shown("shown-4", "dpo")),
+    versus("primary 4", "best of 16: ULMA beats pointwise DPO", shown("shown-16", "ulma"),
+           shown("shown-16", "pointwise_dpo")),
     versus("primary 5", "best of 16: ULMA in one step is at most 0.1 nats below SFT, then DPO",
-           shown("16", "ulma"), shown("16", "dpo", "sft"), how="not below"),
-    versus("primary 6", "one of the 16 best: ULMA beats DPO", shown("near-best", "ulma"),
-           shown("near-best", "dpo")),
+           shown("shown-16", "ulma"), shown("shown-16", "dpo", "sft"), how="not below"),
+    versus("primary 6", "one of the 16 best: ULMA beats DPO", shown("shown-near-best", "ulma"),
+           shown("shown-near-best", "dpo")),
 ]
 
 # ---- the papers ---------------------------------------------------------------------------------
@@ -90,9 +98,9 @@ D2O_CLAIMS = [
     versus("D2O abstract", "reduces harm, from bad answers alone", d2o(4), None, "harmful"),
     versus("D2O abstract", "less harm than unlearning", d2o(4), UNLEARNING, "harmful"),
     versus("D2O abstract", "less harm than negative DPO", d2o(4), NEGATIVE_DPO, "harmful"),
-    versus("D2O abstract", "preserves helpfulness: as much mass on good answers as the base",
-           d2o(4), None, "good"),
-    versus("D2O abstract", "and more than negative DPO", d2o(4), NEGATIVE_DPO, "good"),
+    versus("D2O abstract", "preserves helpfulness: E[r] on harmless prompts not below the base's",
+           d2o(4), None, "E[r] harmless", how="not below"),
+    versus("D2O abstract", "and above negative DPO's", d2o(4), NEGATIVE_DPO, "E[r] harmless"),
     versus("D2O abstract", "comparable quality: E[r] not below the base's", d2o(4), None,
            how="not below"),
     *(versus("D2O abstract", f"avoids collapse: less off-world mass than {name}", d2o(4), other,
@@ -100,6 +108,10 @@ D2O_CLAIMS = [
                                               ("negative DPO", NEGATIVE_DPO))),
     versus("D2O abstract", "more stable: E[r] varies less over seeds than negative DPO's", d2o(4),
            NEGATIVE_DPO, "instability"),
+    *(versus("D2O abstract", f"faster convergence: less harm than {name} in runs of 19 steps, at "
+             "the rates of 76",
+             d2o(4, epochs=1), negatives(method, 1), "harmful")
+      for name, method in (("unlearning", "unlearning"), ("negative DPO", "negative_dpo"))),
     versus("D2O abstract", "beats unlearning", d2o(4), UNLEARNING),
     versus("D2O abstract", "beats negative DPO", d2o(4), NEGATIVE_DPO),
     *(versus("D2O abstract", f"noisy positives: with {percent} % harmful ones, less harm than "
@@ -118,8 +130,6 @@ UNTESTED = [      # (source, words, because)
      "not run: about 10 runs of 76 steps"),
     ("D2O abstract", "more informative responses", "answers of the world have no information "
      "beyond r*"),
-    ("D2O abstract", "faster convergence", "runs are measured at their end only; about 60 more "
-     "runs, or scores along the way"),
     ("D2O abstract", "an upper bound of the instance-level DPO", "a theorem about the formula, "
      "not a measurement: -log sigma is convex; tests/test_d2o_loss.py tries it on numbers"),
 ]
@@ -127,34 +137,43 @@ UNTESTED = [      # (source, words, because)
 # ---- our own ------------------------------------------------------------------------------------
 
 QUESTIONS = [
-    *(versus("dial", f"{name}: {words}", shown(how, better), shown(how, *worse), how=test)
-      for how, name in (("bt", "BT pairs"), ("4", "best of 4"), ("16", "best of 16"),
-                        ("near-best", "one of the 16 best"))
+    *(versus("dial", f"{name}: {words}", shown(data, better), shown(data, *worse), how=test)
+      for data, name in (("hh", "HH-like pairs"), ("shown-4", "best of 4"),
+                         ("shown-16", "best of 16"),
+                         ("shown-near-best", "one of the 16 best"))
       for words, better, worse, test in (
           ("ULMA beats SFT", "ulma", ("sft",), "more"),
           ("ULMA beats pointwise DPO", "ulma", ("pointwise_dpo",), "more"),
           ("ULMA beats DPO", "ulma", ("dpo",), "more"),
           ("ULMA beats DPO at equal KL", "ulma", ("dpo",), "at equal KL"),
           ("ULMA beats SFT, then DPO", "ulma", ("dpo", "sft"), "more"),
-          ("ULMA beats KTO", "ulma", ("kto",), "more"))
-      if worse != ("kto",) or how in ("bt", "16")),
+          ("ULMA beats KTO", "ulma", ("kto",), "more"))),
+    *(versus("dial", f"{DATA_LABEL[data]}: ULMA beats SFT, then DPO at a rate tuned for it",
+             shown(data, "ulma"), tuned_second_step(data)) for data in SHOWN),
     *(same_data("RLHF", f"{name}: ULMA beats point-wise RLHF", data, "ulma", "pointwise_rlhf")
       for name, data in (("HH-like", "hh"), ("golden", "golden"))),
     versus("anchors", "11 anchors beat 1", d2o(11), d2o(1)),
-    versus("anchors", "a lagged policy's beat the base's (K = 11)", d2o(11, 10), d2o(11)),
-    versus("anchors", "the current policy's are worse than the base's (K = 11, rate 3e-3)",
-           d2o(11), d2o(11, 1)),
+    versus("anchors", "a lagged policy's beat the base's (K = 4)", d2o(4, 10), d2o(4)),
+    versus("anchors", "the current policy's are worse than the base's (K = 4)", d2o(4), d2o(4, 1)),
+    *(versus("verbs", f"{METHOD_LABEL[method]}: data that leave out a prompt's verb cost reward "
+             "there", shown("hh", method), like(shown("hh", method), "unseen"), "E[r] unseen")
+      for method in FOUR),
+    *(versus("lengths", f"{METHOD_LABEL[method]}, {DATA_LABEL[data]}: sums beat length averages",
+             like(shown("hh", method), data),
+             like(mean_logps(method, LENGTH_AVERAGE_BETAS[1]), data))
+      for data in ("longer", "shorter") for method in MEANS),
     *(versus("Z", f"{words} comes closer to pi* than Z = 1",
              *cells("qa", f"pointwise_dpo_{name}_z", "pointwise_dpo"), "KL(pi||pi*)")
       for words, name in (("the exact Z(x)", "exact"), ("a constant Z", "constant"),
                           ("a batch's estimate", "batch"))),
     *(versus("sums", f"{METHOD_LABEL[method]}: sums beat length averages, beta {beta:g}",
-             Cell("hh", method), mean_logps(method, beta))
-      for method in ("ulma", "pointwise_dpo") for beta in LENGTH_AVERAGE_BETAS),
+             shown("hh", method), mean_logps(method, beta))
+      for method in MEANS for beta in LENGTH_AVERAGE_BETAS),
     *(versus("balance",
              f"{METHOD_LABEL[method]}, {percent} % good: one mean beats a mean per class",
              unbalanced(method, percent, "mean"), unbalanced(method, percent, "class"))
-      for percent in (10, 90) for method in ("pointwise_dpo", "ulma")),
+      for percent in (10, 90) for method in MEANS),
 ]
-QUESTIONS = [claim for claim in QUESTIONS if all(       # the primary ones are not tried twice
-    (claim.keys, claim.how) != (primary.keys, primary.how) for primary in PRIMARY)]
+QUESTIONS = [claim for claim in QUESTIONS if all(       # without what stands above already
+    (claim.keys, claim.how, claim.score) != (other.keys, other.how, other.score)
+    for other in PRIMARY + PAPER_CLAIMS)]

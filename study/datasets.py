@@ -11,6 +11,7 @@ from world import answers, draw_data, question, training_prompts, write_jsonl
 
 RESPONSES = 16 * len(training_prompts())         # labelled answers: 16 for each training prompt
 NEAR_BEST = 16                                   # of 288 answers
+UNSEEN_VERBS = ("rob", "wreck", "draw", "store")  # not in the data "unseen"
 
 
 def group_prompts(rows: list[dict], size: int) -> list[dict]:
@@ -75,13 +76,11 @@ def unbalanced_points(share: float, seed: int) -> list[dict]:
 def demonstrated(how: str, seed: int) -> list[dict]:
     """HH-like pairs whose chosen answer is replaced by a demonstration of a certain quality.
 
-    how   "bt": as it is, the Bradley-Terry winner; "4", "16": the best of so many draws of the
-          habits; "near-best": one of the NEAR_BEST best answers, all alike likely
+    how   "4", "16": the best of so many draws of the habits; "near-best": one of the NEAR_BEST
+          best answers, all alike likely
     Rows whose chosen answer would be the rejected one go.
     """
     rows, rng = grouped_pairs("pairs", seed), random.Random(f"{how}-{seed}")
-    if how == "bt":
-        return rows
     listed = {question(*prompt): answers(*prompt) for prompt in training_prompts()}
     for row in rows:
         given = listed[row["prompt"]]
@@ -106,6 +105,22 @@ def more_pairs(times: int, seed: int) -> list[dict]:
     return group_prompts(draw_data(seed, times * RESPONSES)["pairs"], 2)
 
 
+def of_length(longer: bool, seed: int) -> list[dict]:
+    """HH-like pairs whose chosen answer has at least a quarter more characters than the rejected
+    one, or the other way round."""
+    rows = [row for row in more_pairs(8, seed) if
+            len(row["chosen" if longer else "rejected"])
+            >= 1.25 * len(row["rejected" if longer else "chosen"])]
+    return group_prompts(rows[:RESPONSES // 2], 2)
+
+
+def unseen_verbs(seed: int) -> list[dict]:
+    """HH-like pairs of prompts without UNSEEN_VERBS, as many as of all prompts."""
+    asked = {question(*prompt) for prompt in training_prompts() if prompt[0] not in UNSEEN_VERBS}
+    rows = [row for row in draw_data(seed, 2 * RESPONSES)["pairs"] if row["prompt"] in asked]
+    return group_prompts(rows[:RESPONSES // 2], 2)
+
+
 def mixture(seed: int) -> list[dict]:
     """Half demonstrations (near the best, no label), half QA-like points: what ULMA is made for."""
     half = RESPONSES // 2
@@ -115,12 +130,15 @@ def mixture(seed: int) -> list[dict]:
 
 
 DATASETS = {      # name: seed -> rows
-    **{f"shown-{how}": partial(demonstrated, how) for how in ("bt", "4", "16", "near-best")},
+    **{f"shown-{how}": partial(demonstrated, how) for how in ("4", "16", "near-best")},
     **{f"noise-{percent}": lambda seed, share=percent / 100: flipped(
         grouped_pairs("pairs", seed), share, seed) for percent in (10, 20, 30)},
     "mixture": mixture,
     "size-quarter": lambda seed: grouped_pairs("pairs", seed)[:RESPONSES // 8],   # two a prompt
     "size-four": partial(more_pairs, 4),
+    "longer": partial(of_length, True),
+    "shorter": partial(of_length, False),
+    "unseen": unseen_verbs,
     "large": partial(more_pairs, 8),     # long training, to meet the optimum of infinite data
     "hh":        lambda seed: grouped_pairs("pairs", seed),
     "golden":    lambda seed: grouped_pairs("golden", seed),

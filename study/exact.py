@@ -51,18 +51,19 @@ from study.figures import (
 from study.optima import OPTIMA, ceiling, mean_optimum
 from study.report import effect_shown, exploratory, markdown, plain
 from study.rows import Key, Study, read_rows, sort_rows
+from study.runs import BETA
 from study.tables import SAME_LIMIT, method_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BETA, BETAS, SCALES = 0.5, (0.1, 0.25, 0.5, 1, 2), (0.5, 1, 2, 4, 8)
+BETAS, SCALES = (0.1, 0.25, 0.5, 1, 2), (0.5, 1, 2, 4, 8)
 TIE = 0.005                                      # nats of E[r]; smaller differences are ties
 HEADS = {"hh": "HH-like", "golden": "golden", "golden-10": "10 % dirty", "golden-30": "30 % dirty",
          "qa": "QA-like", "qa-10": "10 % good", "qa-90": "90 % good", "red-team": "ratings z",
          "centred": "ratings z - 1/2", "negatives": "bad only"}
-DIAL_HEADS = {"shown-bt": "BT pairs", "shown-4": "best of 4", "shown-16": "best of 16",
+DIAL_HEADS = {"hh": "HH-like", "shown-4": "best of 4", "shown-16": "best of 16",
               "shown-near-best": "one of the 16 best", "mixture": "mixture",
               "noise-10": "10 % flipped", "noise-20": "20 % flipped", "noise-30": "30 % flipped"}
 NAMES = {"reference": "reference (the habits)", "dpo": "DPO, RLHF",
@@ -173,7 +174,7 @@ expectation taken over all data, is minimised over the probabilities of 288 answ
 off-world. The derivations are at the top of `study/optima.py`.
 
 **What is decided before training.** Of the {compared} claims of the papers about E[r] in
-[README.md](README.md) whose methods all have an optimum, the optima decide {decided}. Five seeds
+[README.md](README.md) whose methods all have an optimum, the optima decide {decided}. The runs
 found the same for {as_measured} of these, the opposite for {against}, and left {undecided}
 undecided. The other {ties} are ties: on golden pairs every objective that has an
 optimum ends at the best answer, so what is measured there is how fast and how safely a method gets
@@ -197,8 +198,8 @@ E[r]: nats, off-world mass counting as the worst answer. dirty: harmful answers 
 policy, so that it minimises no fixed loss). none: unbounded: the loss falls without end. none:
 many: several answers are never negative, and how they share the mass is open. Pair-wise losses
 leave off-world mass open: the reference's, none, is taken. On golden data they only approach their
-infimum; the limit is given. flipped: BT pairs with chosen and rejected exchanged; mixture: half
-demonstrations (one of the 16 best), half QA-like points. Pairs are of two draws that differ; with
+infimum; the limit is given. flipped: HH-like pairs with chosen and rejected exchanged; mixture:
+half demonstrations (one of the 16 best), half QA-like points. Pairs are of two draws that differ; with
 independent draws the HH-like column would be SFT {sft:.2f}, positive DPO {positive_dpo:.2f}, ULMA
 {ulma:.2f}, pointwise DPO {pointwise_dpo:.2f}.
 """
@@ -223,8 +224,8 @@ def page(study: Study) -> str:
     lines = [start, f"## E[r], beta {BETA:g}\n", *mains[0], *mains[1],
              PAGE_NOTES.format(**independent),
              "![Reward against KL of every optimum, beta swept.](exact.png)\n",
-             "Dashed: optima, beta from 0.1 to 2 (large: 0.5). Filled: mean of the older base's "
-             "runs at beta 0.5 (for DPO, RLHF: DPO's), from the trained base, not the habits. "
+             "Dashed: optima, beta from 0.1 to 2 (large: 0.5). Filled: mean of the runs at beta 0.5 "
+             "(for DPO, RLHF: DPO's), which start from the trained base, not from the habits. "
              "Policies that leave the world have an infinite KL and are not drawn.\n"]
     for data in ("hh", "golden-30", "qa", "red-team", "centred"):
         lines += [f"## {HEADS[data]}, beta {BETA:g}\n", *details(data)]
@@ -269,8 +270,7 @@ def draw_line(axis: "Axes", study: Study, line: tuple[str, str, str, str, str]) 
               markeredgewidth=1.8, zorder=3)
     key = ("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
     if study.has(key):
-        ended = [sum(study.values(key, name).values()) / len(study.results[key])
-                 for name in ("KL(pi||ref)", "E[r]")]
+        ended = [study.middle(key, name) for name in ("KL(pi||ref)", "E[r]")]
         axis.plot(*zip(inside[BETA], ended, strict=True), color=colour, linestyle=":", linewidth=1)
         axis.plot(*ended, color=colour, marker=marker, markersize=8, markeredgecolor="black",
                   zorder=4)

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from study.optima import OPTIMA, ceiling, mean_optimum
-from study.rows import Key, Study
+from study.rows import Key, Study, mean_rewards
 from study.statistics import MARGIN, clipped
-from study.tables import DATA_LABEL, FOUR, RATES, SAME_LIMIT, SHOWN, method_label, shown
+from study.tables import DATA_LABEL, DIAL, FOUR, SAME_LIMIT, SHOWN, dial_rows, method_label, shown
 from world import BAD_VERBS, held_out_prompts
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ STYLE = {"ulma": (VERMILION, "o"), "pointwise_dpo": (BLUE, "s"), "dpo": (GREEN, 
          "sft": (ORANGE, "D"), "rlhf": (PURPLE, "v"), "pointwise_rlhf": (SKY, "P"),
          "unlikelihood": (YELLOW, "X"), "unlearning": (BLACK, "*"), "kto": (SKY, "P"),
          "positive_dpo": ("#999999", "<"), "negative_dpo": ("#999999", ">"),
-         "dpo after=sft": (PURPLE, "v"), "ulma after=sft": (GREY, "X")}
-DIAL = (("sft", None), ("ulma", None), ("pointwise_dpo", None), ("kto", None), ("dpo", None),
-        ("dpo", "sft"), ("ulma", "sft"))
+         "dpo after=sft": (PURPLE, "v"), "dpo rate=tuned after=sft": (PURPLE, "<"),
+         "ulma after=sft": (GREY, "X")}
 
 
 def pyplot() -> ModuleType | None:
@@ -76,15 +75,17 @@ def shared_legend(figure: "Figure", axes: Sequence["Axes"], **place: object) -> 
 def draw_dial(plt: ModuleType, study: Study, found: "Found") -> "Figure":
     """E[r] reached over the quality of demonstrations; optima dashed."""
     figure, axis = plt.subplots(figsize=(8.5, 5))
-    for number, (method, after) in enumerate(DIAL):
-        cells = [shown(how, method, after) for how in SHOWN]
+    for number, cells in enumerate(dial_rows()):
         colour, marker = STYLE[cells[0].name]
-        if method in OPTIMA and not after:
-            axis.plot(range(4), [mean_optimum(cell.data, method)["E[r]"] for cell in cells],
+        if cells[0].method in OPTIMA and not cells[0].after:
+            axis.plot(range(4), [mean_optimum(*cell.key)["E[r]"] for cell in cells],
                       color=colour, linestyle="--", linewidth=1.3)
         done = [(place, cell.key) for place, cell in enumerate(cells) if study.has(cell.key)]
         for place, key in done:
-            mean, low, high = clipped(list(study.values(key, "E[r]").values()), "E[r]")
+            values = list(study.values(key, "E[r]").values())
+            mean, low, high = clipped(values, "E[r]")
+            if study.diverged(key):                  # as in the tables: median, and all of them
+                mean, low, high = study.middle(key, "E[r]"), min(values), max(values)
             axis.errorbar(place + 0.06 * (number - 3), mean, yerr=[[mean - low], [high - mean]],
                           color=colour, marker=marker, markersize=7, capsize=2, linestyle="",
                           label=method_label(key[1]) if place == done[0][0] else None)
@@ -93,7 +94,7 @@ def draw_dial(plt: ModuleType, study: Study, found: "Found") -> "Figure":
     axis.axhline(start, color=BLACK, linewidth=0.8)
     axis.text(-0.3, start + 0.06, "before training")
     axis.set_xlim(-0.35, 3.35)
-    axis.set_xticks(range(4), [DATA_LABEL[f"shown-{how}"] for how in SHOWN])
+    axis.set_xticks(range(4), [DATA_LABEL[data] for data in SHOWN])
     axis.set_xlabel("what the chosen answers are")
     axis.set_ylabel("true reward E[r], nats")
     axis.set_ylim(-3, 3.6)
@@ -102,9 +103,9 @@ def draw_dial(plt: ModuleType, study: Study, found: "Found") -> "Figure":
 
 
 DATA_PANELS = (   # x axis, {data: x}
-    ("BT pairs (one epoch)", {"size-quarter": 304, "shown-bt": 1216, "size-four": 4864}),
-    ("BT pairs with chosen and rejected exchanged, %",
-     {"shown-bt": 0, "noise-10": 10, "noise-20": 20, "noise-30": 30}))
+    ("HH-like pairs (one epoch)", {"size-quarter": 304, "hh": 1216, "size-four": 4864}),
+    ("HH-like pairs with chosen and rejected exchanged, %",
+     {"hh": 0, "noise-10": 10, "noise-20": 20, "noise-30": 30}))
 
 
 def draw_data(plt: ModuleType, study: Study, found: "Found") -> "Figure | None":
@@ -139,11 +140,11 @@ def draw_kl(plt: ModuleType, study: Study, found: "Found") -> "Figure":
     """E[r] against KL: the path from the base to the mean end of every method, under pi*."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 4.6), sharey=True)
     kls = [0.01, 0.05, *(0.1 * n for n in range(1, 41, 2))]
-    for axis, how in zip(axes, SHOWN, strict=True):
+    for axis, data in zip(axes, SHOWN, strict=True):
         axis.plot([0, *kls], [mean_optimum("hh", "reference")["E[r]"], *map(ceiling, kls)],
                   color=BLACK, linewidth=1.3, label="pi*, the ceiling")
         for method, after in DIAL:
-            cell = shown(how, method, after)
+            cell = shown(data, method, after)
             if not study.has(cell.key):
                 continue
             colour, marker = STYLE[cell.name]
@@ -156,35 +157,37 @@ def draw_kl(plt: ModuleType, study: Study, found: "Found") -> "Figure":
             axis.plot(*mean[-1], color=colour, marker=marker, markersize=9,
                       markeredgecolor=BLACK, linestyle="", label=method_label(cell.name))
         square_root_scale(axis, 4.2)
-        axis.set_title(DATA_LABEL[f"shown-{how}"])
+        axis.set_title(DATA_LABEL[data])
     axes[0].set_ylim(-1.5, 3.6)
     axes[0].set_ylabel("true reward E[r], nats")
     shared_legend(figure, axes, loc="outside upper center", ncols=8)
     return figure
 
 
-KNOBS = (("beta", "-", "beta 0.1 to 2"), ("num_train_epochs", ":", "0.25 to 2 epochs"))
+KNOBS = (     # line, label, (data, what follows the method)
+    ("-", "beta 0.1, 0.5, 2", (("hh", " beta=0.1"), ("hh", ""), ("hh", " beta=2"))),
+    (":", "304, 1,216, 4,864 pairs", (("size-quarter", ""), ("hh", ""), ("size-four", ""))))
 
 
 def draw_knobs(plt: ModuleType, study: Study, found: "Found") -> "Figure | None":
-    """E[r] against KL on HH-like pairs: one line per method and knob, through the tuned run."""
-    if not study.has(("hh", "ulma"), ("hh", "ulma beta=2")):
+    """E[r] against KL on HH-like pairs: one line per method and knob, through the dial's run."""
+    def end(key: Key) -> list[float]:
+        return [study.middle(key, score) for score in ("KL(pi||ref)", "E[r]")]
+
+    if not study.has(*(("hh", method) for method in FOUR), ("hh", "ulma beta=2")):
         return None
     figure, axis = plt.subplots(figsize=(8.5, 5))
     kls = [0.01, 0.05, *(0.1 * n for n in range(1, 33, 2))]
     axis.plot(kls, list(map(ceiling, kls)), color=BLACK, label="pi*, the ceiling")
-    for method in ("sft", "ulma", "pointwise_dpo", "dpo"):
+    for method in FOUR:
         colour, marker = STYLE[method]
-        for knob, line, label in KNOBS:
-            keys = [key for key in study.results if key == ("hh", method)
-                    or (key[0] == "hh" and key[1].startswith(f"{method} {knob}="))]
-            points = sorted([sum(study.values(key, score).values()) / len(study.results[key])
-                             for score in ("KL(pi||ref)", "E[r]")] for key in keys)
+        for line, label, settings in KNOBS:
+            points = [end(key) for key in ((data, method + rest) for data, rest in settings)
+                      if study.has(key)]
             axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=".",
                       label=f"{method_label(method)}: {label}" if len(points) > 1 else None)
-        axis.plot(*(sum(study.values(("hh", method), score).values())
-                    / len(study.results["hh", method]) for score in ("KL(pi||ref)", "E[r]")),
-                  color=colour, marker=marker, markersize=9, markeredgecolor=BLACK)
+        axis.plot(*end(("hh", method)), color=colour, marker=marker, markersize=9,
+                  markeredgecolor=BLACK)
     square_root_scale(axis, 3.2)
     axis.set_ylim(-1.5, 3.6)
     axis.set_ylabel("true reward E[r], nats")
@@ -203,25 +206,23 @@ def draw_rates(plt: ModuleType, study: Study, found: "Found") -> "Figure":
             key = ("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
             draw_rate(axis, study, key, *STYLE[method], method_label(method))
         axis.set_title(DATA_LABEL[data])
-    for how, colour, marker in zip(SHOWN, (VERMILION, BLUE, GREEN, PURPLE), "os^v", strict=True):
-        draw_rate(axes[-1], study, shown(how, "dpo").key, colour, marker,
-                  DATA_LABEL[f"shown-{how}"])
+    for data, colour, marker in zip(SHOWN, (VERMILION, BLUE, GREEN, PURPLE), "os^v", strict=True):
+        draw_rate(axes[-1], study, shown(data, "dpo").key, colour, marker, DATA_LABEL[data])
     axes[-1].set_title("DPO on the dial")
-    axes[-1].set_xticks(RATES["dpo"], [f"{rate:g}" for rate in RATES["dpo"]])
-    axes[-1].set_xticks([], minor=True)
     axes[-1].legend(fontsize=8)
     axes[0].legend(fontsize=8)
-    axes[0].set_ylabel("E[r] of one tuning run, nats")
+    axes[0].set_ylabel("E[r] of tuning runs, mean of two seeds, nats")
     return figure
 
 
 def draw_rate(axis: "Axes", study: Study, key: Key, colour: str, marker: str, label: str) -> None:
     """One cell's E[r] over the learning rates that were tried."""
-    points = sorted((rate, row["E[r]"]) for rate, row in study.tuning.get(key, {}).items())
-    if points:
-        axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5,
+    if points := mean_rewards(study, key):
+        axis.plot(points.keys(), points.values(), color=colour, marker=marker, markersize=5,
                   label=label)
         axis.set_xscale("log")
+        axis.set_xticks([1.25e-4, 5e-4, 2e-3, 8e-3], ["1.25e-4", "5e-4", "2e-3", "8e-3"])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel("learning rate")
 
 
@@ -229,9 +230,9 @@ def draw_kinds(plt: ModuleType, study: Study, found: "Found") -> "Figure":
     """Harm on harmful requests against reward, and refusal, on harmless ones."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     bad = [verb in BAD_VERBS for verb, _ in held_out_prompts()]
-    for how, size in zip(SHOWN, (4, 6, 8, 10), strict=True):
+    for data, size in zip(SHOWN, (4, 6, 8, 10), strict=True):
         for method, after in DIAL:
-            cell = shown(how, method, after)
+            cell = shown(data, method, after)
             rows = [row["prompts"] for row in study.results.get(cell.key, {}).values()]
             if not rows:
                 continue
@@ -285,8 +286,9 @@ FIGURES = {      # name: function, caption
              "optimum with infinite data; bands, 95 % t intervals over seeds."),
     "kinds": (draw_kinds, "Harm against helpfulness, by kind of request; larger: better "
               "demonstrations."),
-    "knobs": (draw_knobs, "Reward against KL on HH-like pairs, one line per knob (older base)."),
-    "rates": (draw_rates, "Sensitivity to the learning rate: tuning runs."),
+    "knobs": (draw_knobs, "Reward against KL on HH-like pairs, a line per method and knob; large: "
+              "beta 0.5, 1,216 pairs."),
+    "rates": (draw_rates, "Sensitivity to the learning rate: tuning runs, two seeds each."),
     "forest": (draw_forest, "Every claim about E[r]: difference, interval, verdict."),
 }
 

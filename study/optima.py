@@ -135,7 +135,7 @@ def population(data: str, prompt: Prompt, independent: bool = False,
         pair_reward = torch.where(golden == 1, math.inf, 0.0).double()
         dirty = float(data[7:] or 0) / 100 if data != "negatives" else 0
         chosen = (1 - dirty) * golden + dirty * harmful * habits / (harmful @ habits)
-    elif data.startswith("shown-") and data != "shown-bt":
+    elif data.startswith("shown-"):
         shown = demonstrations(data[6:], habits, rewards)
         pair_reward = (shown / rejected).log()   # both are drawn on their own: odds of two orders
         chosen, rejected = shown * (1 - rejected), rejected * (1 - shown)
@@ -296,7 +296,7 @@ def log_z(given: Population, beta: float) -> float:
 
 NOISY = tuple(f"noise-{percent}" for percent in (10, 20, 30))
 PAIRS = ("hh", "golden", "golden-10", "golden-30", "qa", "qa-10", "qa-90",
-         *(f"shown-{how}" for how in ("bt", "4", "16", "near-best")), *NOISY)
+         *(f"shown-{how}" for how in ("4", "16", "near-best")), *NOISY)
 LABELS = (*PAIRS, "mixture", "red-team")         # z in [0, 1], good ones and bad ones
 DATA = (*LABELS, "centred", "negatives")
 OPTIMA = {       # method: (data it can be trained on, (population, beta) -> log pi [Y] or None)

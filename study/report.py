@@ -14,7 +14,7 @@ from study.claims import PAPER_CLAIMS, PRIMARY, QUESTIONS, UNTESTED
 from study.optima import OPTIMA, ceiling, mean_optimum
 from study.pages import SCORES_EXPLAINED, START, headline, not_run
 from study.figures import draw
-from study.rows import Key, Study, read_rows, sort_rows
+from study.rows import Key, Study, mean_rewards, read_rows, sort_rows
 from study.statistics import (
     MARGIN,
     SHARES,
@@ -35,9 +35,12 @@ from study.tables import (
     TABLES,
     Table,
     dial,
+    dial_rows,
     method_label,
     shown,
+    tuned_second_step,
 )
+from study.tuning import plateau
 
 
 def escaped(score: str) -> str:
@@ -55,6 +58,11 @@ def plain(value: float, decimals: int = 2) -> str:
     return f"{round(round(value, 9), decimals) + 0.0:.{decimals}f}"
 
 
+def of_score(score: str, value: float) -> str:
+    """A value of a score: a share with three decimals, anything else with two."""
+    return plain(value, 3 if score.startswith(SHARES) else 2)
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, and an empty one."""
     return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
@@ -68,13 +76,13 @@ def shown_score(study: Study, key: Key, score: str) -> str:
     """
     if any(score not in row for row in study.results[key].values()):
         return "–"                                       # not kept when these runs were made
-    values, decimals = list(study.values(key, score).values()), 3 if score.startswith(SHARES) else 2
+    values = list(study.values(key, score).values())
     if len(values) == 1:
-        return plain(values[0], decimals)
+        return of_score(score, values[0])
     if study.diverged(key):
-        return f"median {plain(median(values), decimals)} ({plain(min(values), decimals)} to " \
-               f"{plain(max(values), decimals)})"
-    mean, low, high = (plain(number, decimals) for number in clipped(values, score))
+        return f"median {of_score(score, median(values))} ({of_score(score, min(values))} to " \
+               f"{of_score(score, max(values))})"
+    mean, low, high = (of_score(score, number) for number in clipped(values, score))
     return f"{mean} [{low}, {high}]"
 
 
@@ -110,13 +118,11 @@ def optimum_shown(cell: Cell) -> str:
     return "none: unbounded" if row is None else plain(row["E[r]"])
 
 
-def dial_rows(study: Study, show: Callable[[Key], str]) -> list[list[str]]:
+def dial_lines(study: Study, show: Callable[[Key], str]) -> list[list[str]]:
     """A row for every method of the dial: what it reached for each kind of demonstrations, and, in
     brackets, its optimum."""
     rows = []
-    for method, after in (("sft", None), ("kto", None), ("pointwise_dpo", None), ("ulma", None),
-                          ("dpo", None), ("ulma", "sft"), ("dpo", "sft")):
-        cells = [shown(how, method, after) for how in SHOWN]
+    for cells in dial_rows():
         if any(study.has(cell.key) for cell in cells):
             rows.append([method_label(cells[0].name), *(
                 f"{show(cell.key)} ({optimum_shown(cell)})"
@@ -125,15 +131,31 @@ def dial_rows(study: Study, show: Callable[[Key], str]) -> list[list[str]]:
 
 
 def dial_table(study: Study) -> list[str]:
-    return markdown(("E[r] reached (optimum)", *(DATA_LABEL[f"shown-{how}"] for how in SHOWN)),
-                    dial_rows(study, lambda key: shown_score(study, key, "E[r]")))
+    return markdown(("E[r] reached (optimum)", *(DATA_LABEL[data] for data in SHOWN)),
+                    dial_lines(study, lambda key: shown_score(study, key, "E[r]")))
+
+
+def rate_lines(study: Study) -> list[str]:
+    """The dial's rates, which were written down, beside those that tuning takes now."""
+    rows = []
+    for cell in [cell for cell in TABLES["dial"].cells if cell.key in study.tuning]:
+        rewards = mean_rewards(study, cell.key)
+        tuned = plateau(rewards)
+        written = [f"{cell.rate:g}", plain(rewards[cell.rate])] if cell.rate else ["–", "–"]
+        rows.append([DATA_LABEL[cell.data], method_label(cell.name), *written, f"{tuned:g}",
+                     plain(rewards[tuned]),
+                     f"{min(rewards):g} to {max(rewards):g}"])
+    heads = ("data", "method", "rate written down", "E[r] there", "rate tuning takes",
+             "E[r] there", "tried")
+    return ["## Learning rates\n", *markdown(heads, rows), "E[r] on 24 training prompts, mean of "
+            "two tuning runs; test runs use the rate that was written down before them.\n"]
 
 
 def equal_kl_lines(study: Study) -> list[str]:
     """E[r] at the same KL, on the path from the base to the end of every run that gets so far."""
     levels, rows = (0.1, 0.25, 0.5, 1.0, 2.0), []
-    for how in SHOWN:
-        for cell in dial(how):
+    for data in SHOWN:
+        for cell in dial(data):
             runs = study.results.get(cell.key, {}).values()
             row = [DATA_LABEL[cell.data], method_label(cell.name)]
             for level in levels:
@@ -154,7 +176,7 @@ def table_page(name: str, study: Study) -> str:
     table = TABLES[name]
     lines = [f"# {table.title}\n", table.caveat + "\n"]
     if name == "dial":
-        lines += [*dial_table(study), *equal_kl_lines(study)]
+        lines += [*dial_table(study), *equal_kl_lines(study), *rate_lines(study)]
     for scores in table.scores:
         lines += table_lines(table, scores, study)
     return "\n".join([*lines, SCORES_EXPLAINED])
@@ -168,10 +190,15 @@ Found = list[tuple[Claim, Comparison, float, str]]          # …, adjusted p, v
 def try_claims(study: Study, claims: Sequence[Claim],
                adjust: Callable[[Sequence[float]], list[float]]) -> Found:
     """What came out of every claim whose cells have two seeds or more, all of one base model."""
-    tried = [claim for claim in claims if study.has(*claim.keys)
-             and min(len(study.results[key]) for key in claim.keys) > 1
-             and len({row["runs"] for key in claim.keys
-                      for row in study.results[key].values()}) == 1]
+    def can_be_tried(claim: Claim) -> bool:
+        if not study.has(*claim.keys):
+            return False
+        parts = [study.results[key].values() for key in claim.keys]
+        rows = [row for part in parts for row in part]
+        return (min(map(len, parts)) > 1 and len({row["runs"] for row in rows}) == 1
+                and all(claim.score in row or claim.score == "instability" for row in rows))
+
+    tried = [claim for claim in claims if can_be_tried(claim)]
     found = [compare(study, claim) for claim in tried]
     adjusted = adjust([comparison.p for comparison in found])
     return [(claim, comparison, p, verdict(claim, comparison, p))
@@ -188,25 +215,47 @@ def p_shown(p: float) -> str:
 
 
 def effect_shown(claim: Claim, found: Comparison) -> str:
-    decimals = 3 if claim.score.startswith(SHARES) else 2
-    mean, low, high = (plain(value, decimals) for value in (found.mean, found.low, found.high))
+    mean, low, high = (of_score(claim.score, value)
+                       for value in (found.mean, found.low, found.high))
     return f"{mean} [{low}, {high}]"
+
+
+def over_verbs_shown(claim: Claim, found: Comparison) -> str:
+    if found.over_verbs is None:
+        return "–"
+    low, high = (of_score(claim.score, value) for value in found.over_verbs)
+    return f"[{low}, {high}]"
 
 
 def claim_lines(found: Found, correction: str) -> list[str]:
     """A table of claims: difference, interval, p-values, verdict."""
     rows = [[claim.source, claim.words, escaped(claim.score), effect_shown(claim, comparison),
-             str(len(comparison.differences)), p_shown(comparison.p), p_shown(p),
+             over_verbs_shown(claim, comparison), str(len(comparison.differences)),
+             p_shown(comparison.p), p_shown(p),
              p_shown(comparison.flip_p), f"**{word}**"]
             for claim, comparison, p, word in found]
-    return markdown(("source", "claim", "score", "difference [95 %]", "n", "p", f"p, {correction}",
-                     "p, sign-flip", "verdict"), rows)
+    return markdown(("source", "claim", "score", "difference [95 %]", "over seeds and verbs", "n",
+                     "p", f"p, {correction}", "p, sign-flip", "verdict"), rows)
 
 
 def count_words(found: Found) -> str:
     counts = {word: sum(row[3] == word for row in found)
               for word in ("holds", "fails", "undecided")}
     return "{holds} hold, {fails} fail, {undecided} are undecided".format(**counts)
+
+
+def second_step_lines(study: Study, found: Found) -> list[str]:
+    """What becomes of primary 5 where DPO's rate after SFT is tuned; no line before that is run."""
+    written, tuned = shown("shown-16", "dpo", "sft"), tuned_second_step("shown-16")
+    keys = [shown("shown-16", "ulma").key, tuned.key]
+    for claim, comparison, *_ in found:
+        if claim.keys == keys:
+            rate = next(iter(study.results[tuned.key].values()))["learning_rate"]
+            return [f"Primary 5 is about DPO at the rate that was written down, {written.rate:g}: "
+                    "the one of DPO without SFT. At the rate that tuning takes after SFT, "
+                    f"{rate:g}, the difference is {effect_shown(claim, comparison)} "
+                    "(exploratory).\n"]
+    return []
 
 
 # ---- the page that lists everything -------------------------------------------------------------
@@ -224,7 +273,8 @@ def readme(study: Study, runs: int, written: Sequence[str],
     if "dial.png" in captions:
         lines += ["![" + captions["dial.png"] + "](dial.png)\n", captions["dial.png"] + "\n"]
     lines += ["## Primary hypotheses, written down before their runs\n",
-              *claim_lines(primary, "Holm"), START.format(runs=runs, margin=MARGIN),
+              *claim_lines(primary, "Holm"), *second_step_lines(study, rest),
+              START.format(runs=runs, margin=MARGIN),
               "## Where each objective ends with infinite data, and where its runs ended\n",
               *dial_table(study), "All optima, over beta and labels: [exact.md](exact.md).\n",
               f"## Every claim of the two papers (exploratory): {count_words(papers)}\n",

@@ -35,9 +35,10 @@ from files.text import read_json, write_text
 from model import load_llama
 from rlhf import ppo
 from step import METHODS, tree_rewards
-from study.datasets import RESPONSES, dataset_file
+from study.datasets import NEAR_BEST, RESPONSES, UNSEEN_VERBS, dataset_file
 from study.log_z import EXTRA_METHODS, outcome_rewards
 from study.optima import population
+from study.rows import TUNING_SEEDS
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
 from training.flags import WORLD_FLAGS
@@ -54,8 +55,7 @@ from world import (
 ALL_METHODS = METHODS | EXTRA_METHODS            # what --method may name in a run of the study
 BETA, BATCH = WORLD_FLAGS["beta"], 32
 REWARD_MODEL_RATE, REWARD_MODEL_EPOCHS, PPO_STEPS = 3e-3, 2, 40
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-TUNING_SEED, TUNING_PROMPTS = 0, 24
+TUNING_PROMPTS = 24
 RENAMED = {("logp_reduction", "mean"): ("reduction", "tokens")}      # in runs.jsonl: train.py's
 PATH = [number / 10 for number in range(11)]
 PER_PROMPT = ("E[r]", "harmful", "off-world", "refusal", "KL(pi||ref)")
@@ -69,10 +69,12 @@ class Cell:
     """A method on data: one row of a table, several runs."""
     data: str                            # a name in datasets.DATASETS
     method: str
-    flags: tuple[tuple[str, object], ...] = ()    # ((flag, value), …) beside the learning rate
+    flags: tuple[tuple[str, object], ...] = ()    # ((flag, value), …) beside the learning rate;
+                                                  # "rate" only tells a cell from another
     tuned_as: "Cell | None" = None       # the cell whose learning rate it takes; None: its own
     seeds: int = 5                       # test runs, with seeds 1 to this
-    rates: tuple[float, ...] = LEARNING_RATES     # to tune among; a single one needs no tuning
+    rates: tuple[float, ...] = ()        # where tuning starts, in factors of 2
+    rate: float | None = None            # one that is not tuned, or was written down before
     after: "Cell | None" = None          # the cell whose end it starts from, on the same data, seed
 
     @property
@@ -89,7 +91,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a cell, on the world or not; seed 0 is for tuning the learning rate."""
+    """One training of a cell, on the world or not; TUNING_SEEDS are for the learning rate."""
     cell: Cell
     learning_rate: float
     seed: int
@@ -117,7 +119,7 @@ class Run(Training):
     def before(self) -> "Run | None":
         """The run that must be there: RLHF's reward model, or what a second stage starts from."""
         if self.cell.after:
-            return Run(self.cell.after, self.cell.after.rates[0], self.seed)
+            return Run(self.cell.after, self.cell.after.rate, self.seed)
         if self.cell.method.endswith("rlhf"):
             model = self.cell.method.replace("rlhf", "reward_model")
             return Run(Cell(self.cell.data, model), REWARD_MODEL_RATE, self.seed)
@@ -137,8 +139,8 @@ def weights_of(model: str) -> list[str]:
 def work_folder() -> str:
     """Folder of all runs; its name changes with the settings and with the base's weights (which
     another machine trains to other bits), so old runs are never reused."""
-    settings = repr((BETA, BATCH, RESPONSES, REWARD_MODEL_EPOCHS, PPO_STEPS,
-                     weights_of(base_model()))).encode()
+    settings = repr((BETA, BATCH, RESPONSES, NEAR_BEST, UNSEEN_VERBS, TUNING_PROMPTS,
+                     REWARD_MODEL_EPOCHS, PPO_STEPS, weights_of(base_model()))).encode()
     return os.path.join(world_folder(), "study-" + hashlib.sha256(settings).hexdigest()[:8])
 
 
@@ -147,7 +149,8 @@ def work_folder() -> str:
 def arguments(run: Run) -> list[str]:
     """The command line of train.py, or of rlhf/ppo.py where the method is RLHF."""
     flags = {"learning_rate": run.learning_rate, "seed": run.seed, "output_dir": run.folder,
-             "save_steps": 100000, "beta": BETA} | dict(run.cell.flags)
+             "save_steps": 100000, "beta": BETA} | {
+                 name: value for name, value in run.cell.flags if name != "rate"}
     if run.cell.method.endswith("rlhf"):
         flags = {"reward_model": run.before.folder, "max_steps": PPO_STEPS} | flags
     else:
@@ -191,10 +194,13 @@ def execute(run: Run) -> dict[str, object]:
     try:
         train_run(run)
     except FloatingPointError:
-        if run.seed != TUNING_SEED:
+        if run.seed not in TUNING_SEEDS:
             raise
-        return {"E[r]": -math.inf}
-    scores = (measure_reward_model if run.cell.method.endswith("reward_model") else measure)(run)
+        os.makedirs(run.folder, exist_ok=True)
+        scores = {"E[r]": -math.inf}
+    else:
+        scores = (measure_reward_model if run.cell.method.endswith("reward_model")
+                  else measure)(run)
     write_text(run.scores_file, json.dumps(scores, indent=2))
     return scores
 
@@ -278,6 +284,13 @@ def prompt_scores(prompt: Prompt, policy: Tensor, reference: Tensor, lengths: Te
         "E[r] inside": float((probs * r).sum() / probs.sum())}
 
 
+def means(rows: list[dict[str, float]]) -> dict[str, object]:
+    """Mean scores of prompts, and "prompts": some scores of every one, in the order of the world's.
+    """
+    kept = {key: [round(row[key], 4) for row in rows] for key in PER_PROMPT}
+    return mean_scores(rows) | {"prompts": kept}
+
+
 def kl_path(prompts: list[Prompt], policy: Tensor, reference: Tensor) -> list[list[float]]:
     """[KL(pi_a||ref), E[r], harmful] for a = 0, 0.1, …, 1 of pi_a = pi_ref^(1-a) pi^a / Z.
 
@@ -303,7 +316,7 @@ def measure_reward_model(run: Run) -> dict[str, float]:
 
     Off-world text, which the model was never trained on, gets its smallest reward, as r* gives it.
     """
-    prompts, reference, lengths = base_logps(run.seed == TUNING_SEED)
+    prompts, reference, lengths = base_logps(run.seed in TUNING_SEEDS)
     trees = world_trees(Tokenizer(base_model()), prompts)
     rewards = tree_rewards(load_run(run.folder).model, trees).view(len(prompts), -1).double()
     rows = []
@@ -316,14 +329,13 @@ def measure_reward_model(run: Run) -> dict[str, float]:
 
 
 def measure(run: Run) -> dict[str, object]:
-    """A trained run's mean scores (of training prompts for a tuning run, else of test prompts),
-    "path": `kl_path`, and "prompts": some scores of every prompt, in the order of the world's."""
-    prompts, reference, lengths = base_logps(run.seed == TUNING_SEED)
+    """`means` of a trained run (of training prompts for a tuning run, else of test prompts), and
+    "path": `kl_path`."""
+    prompts, reference, lengths = base_logps(run.seed in TUNING_SEEDS)
     policy, _ = world_logps(load_run(run.folder).model, Tokenizer(base_model()), prompts)
     rows = [prompt_scores(*row, run.cell.data) for row in
             zip(prompts, policy, reference, lengths, strict=True)]
-    kept = {key: [round(row[key], 4) for row in rows] for key in PER_PROMPT}
-    return mean_scores(rows) | {"path": kl_path(prompts, policy, reference), "prompts": kept}
+    return means(rows) | {"path": kl_path(prompts, policy, reference)}
 
 
 def bounds() -> list[dict]:
@@ -340,6 +352,6 @@ def bounds() -> list[dict]:
     about = {"data": "bounds", "seed": 0, "runs": work_folder(), "torch": torch.__version__,
              "python": platform.python_version(), "machine": platform.machine()}
     return [about | {"method": prefix + name}
-            | mean_scores([prompt_scores(*row, data=prefix.strip()) for row in
+            | means([prompt_scores(*row, data=prefix.strip()) for row in
                            zip(prompts, policy, reference, lengths, strict=True)])
             for name, policy in policies.items() for prefix in ("", "golden ")]

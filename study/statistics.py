@@ -2,7 +2,9 @@
 
 Same seed, same data: the differences are a paired sample. The test is Student's t, two-sided, or
 one-sided where a claim is that something is not lost. Beside it stands the sign-flip p, which
-assumes nothing but symmetry; with n seeds it cannot be below 2 / 2^n (one-sided: 1 / 2^n).
+assumes nothing but symmetry; with n seeds it cannot be below 2 / 2^n (one-sided: 1 / 2^n). These
+say nothing of other prompts; where scores of every prompt are kept, an interval over seeds and
+verbs does.
 """
 import itertools
 import math
@@ -10,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from intervals import seed_interval, t_probability
+import numpy as np
+
+from intervals import seed_interval, t_probability, t_quantile
 from study.rows import Key, Study
 from world import answers, held_out_prompts
 
@@ -18,6 +22,7 @@ MARGIN = 0.1                 # nats of E[r]; where a paper says "comparable"
 ALPHA = 0.05
 SMALLER_IS_BETTER = ("harmful", "off-world", "KL(pi||pi*)", "KL(ref||pi)", "perplexity",
                      "calibration error", "lose/chosen", "instability")
+DRAWS = 2000                                     # of the bootstrap
 SHARES = ("harmful", "off-world", "good", "refusal", "win/", "tie/", "lose/", "reward accuracy",
           "calibration error")                   # between 0 and 1
 UNBOUNDED = ("objective", "reward slope")        # all other scores are 0 or more
@@ -55,6 +60,7 @@ class Comparison:
     high: float
     p: float                         # of the claim's test, see Claim.how
     flip_p: float
+    over_verbs: tuple[float, float] | None       # over_seeds_and_verbs
 
 
 def on_path(path: Sequence[Sequence[float]], divergence: float) -> float:
@@ -92,6 +98,33 @@ def differences(study: Study, claim: Claim) -> tuple[float, ...]:
                  for seed in seeds)
 
 
+def over_seeds_and_verbs(study: Study, claim: Claim) -> tuple[float, float] | None:
+    """95 % interval of a claim's difference d, whose seeds and verbs could have been others.
+
+    mean ± t sqrt(s² / n + v): s is the standard deviation of the n seeds' means, v the variance of
+    the mean when the verbs of the test prompts are drawn again with replacement (bootstrap; a
+    verb's prompts stay together, since they are alike), t Student's with n - 1 degrees.
+    None where a row has no scores of every prompt, or a claim compares paths.
+    """
+    score, rows = claim.score, [study.results[key] for key in claim.keys]
+    if claim.worse is None:
+        rows.append(dict.fromkeys(rows[0], study.base(claim.better)))
+    seeds = sorted(set.intersection(*map(set, rows)))
+    if claim.how == "at equal KL" or not all(
+            score in row[seed].get("prompts", ()) for row in rows for seed in seeds):
+        return None
+    d = sum(sign * np.array([row[seed]["prompts"][score] for seed in seeds])
+            for sign, row in zip((1, -1, -1, 1), rows, strict=False))                # [n, X]
+    verbs = np.unique([verb for verb, _ in held_out_prompts()], return_inverse=True)[1]   # [X]
+    sums = np.bincount(verbs, d.mean(0))                                             # [V]
+    often = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)),
+                                                 DRAWS)                              # [DRAWS, V]
+    v = (often @ sums / (often @ np.bincount(verbs))).var()
+    _, half = seed_interval(d.mean(1).tolist())                                      # t s / sqrt(n)
+    half = math.hypot(half, t_quantile(len(seeds) - 1) * math.sqrt(v))
+    return float(d.mean()) - half, float(d.mean()) + half
+
+
 def t_above(values: Sequence[float], bound: float) -> float:
     """One-sided p of "the mean is at most bound", by Student's t."""
     mean, half = seed_interval(list(values))
@@ -124,7 +157,8 @@ def compare(study: Study, claim: Claim) -> Comparison:
             tests.append(above(values, -MARGIN))
         else:
             tests.append(min(1.0, 2 * min(above(values, 0), above(mirrored, 0))))
-    return Comparison(values, mean, mean - half, mean + half, *tests)
+    return Comparison(values, mean, mean - half, mean + half, *tests,
+                      over_seeds_and_verbs(study, claim))
 
 
 def verdict(claim: Claim, found: Comparison, adjusted: float) -> str:
@@ -175,9 +209,10 @@ def clipped(values: Sequence[float], score: str) -> tuple[float, float, float]:
     if len(values) == 1:
         return values[0], values[0], values[0]
     mean, half = seed_interval(list(values))
-    if score.startswith("E[r]"):
+    if score in ("E[r]", "E[r] inside"):
         smallest, largest = reward_range()
     else:
-        smallest = 1.0 if score == "perplexity" else -math.inf if score in UNBOUNDED else 0.0
+        unbounded = score in UNBOUNDED or score.startswith("E[r]")   # of some prompts: not asked
+        smallest = 1.0 if score == "perplexity" else -math.inf if unbounded else 0.0
         largest = 1.0 if score.startswith(SHARES) else math.inf
     return mean, max(mean - half, smallest), min(mean + half, largest)

@@ -17,9 +17,10 @@ METHOD_LABEL = {
     "negative_dpo": "negative DPO", "pointwise_mse": "pointwise DPO, squared error",
     "ulma_mse": "ULMA, squared error", "d2o": "D2O"}
 DATA_LABEL = {
-    "size-quarter": "304 BT pairs", "size-four": "4,864 BT pairs",
+    "size-quarter": "304 HH-like pairs", "size-four": "4,864 HH-like pairs",
     "large": "HH-like pairs, 8 times as many",
-    "shown-bt": "BT pairs", "shown-4": "best of 4", "shown-16": "best of 16",
+    "longer": "chosen the longer", "shorter": "chosen the shorter",
+    "unseen": "12 of 16 verbs", "shown-4": "best of 4", "shown-16": "best of 16",
     "shown-near-best": "one of the 16 best", "mixture": "mixture",
     **{f"noise-{percent}": f"pairs, {percent} % flipped" for percent in (10, 20, 30)},
     "hh": "HH-like pairs", "golden": "golden pairs", "qa": "QA-like points",
@@ -27,12 +28,13 @@ DATA_LABEL = {
     "negatives": "608 bad answers", "golden-10": "golden, 10 % dirty",
     "golden-30": "golden, 30 % dirty", "qa-10": "points, 10 % good", "qa-90": "points, 90 % good"}
 SAME_LIMIT = {       # data that tend to other data as there are more of them
-    "qa-pairs": "qa", "large": "hh", "size-quarter": "shown-bt", "size-four": "shown-bt"}
+    "qa-pairs": "qa", "large": "hh", "size-quarter": "hh", "size-four": "hh"}
 FLAG_LABEL = {
     "num_anchors": "K {}", "refresh_anchors": "new anchors every {} steps",
+    "refresh_anchors=1": "new anchors at every step", "num_train_epochs=1": "1 epoch",
     "logp_reduction": "{} log-probs", "reduction": "--reduction {}",
     "num_train_epochs": "{} epochs", "max_steps": "{} steps", "Z": "{} Z",
-    "after": "after {}", "learning_rate": "rate {}"}
+    "after": "after {}", "rate": "{} rate"}
 
 
 def method_label(name: str) -> str:
@@ -44,101 +46,140 @@ def method_label(name: str) -> str:
     for flag in flags:
         flag_name, value = flag.split("=")
         if flag_name != "anchor_tokens":         # the same in every cell
-            words = FLAG_LABEL.get(flag_name, flag_name + " {}")
-            parts.append(words.format(METHOD_LABEL.get(value, value)))
+            words = FLAG_LABEL.get(flag) or FLAG_LABEL.get(flag_name, flag_name + " {}")
+            parts.append(words.format(METHOD_LABEL.get(value, value.removesuffix(".0"))))
     return ", ".join(parts)
 
 
 # ---- cells --------------------------------------------------------------------------------------
 
-def cells(data: str, *methods: str) -> list[Cell]:
-    """One cell per method; DPO on QA-like points gets the pairs that their labels make."""
-    return [Cell("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
-            for method in methods]
+LOW = (1.25e-4, 2.5e-4, 5e-4, 1e-3)      # rates that tuning starts from, for methods that break
+HIGH = (5e-4, 1e-3, 2e-3, 4e-3)          # at larger ones, and for all others
+LADDER = LOW + HIGH[2:]
+FRAGILE = ("dpo", "negative_dpo", "unlearning", "unlikelihood", "pointwise_dpo_batch_z")
+RLHF_RATE = {     # not tuned again: found on another training of the base, best of five by one seed
+    ("hh", "rlhf"): 1e-3, ("hh", "pointwise_rlhf"): 1e-3,
+    ("golden", "rlhf"): 3e-4, ("golden", "pointwise_rlhf"): 3e-3}
 
 
-def d2o(anchors: int, refresh: int = 0) -> Cell:
-    """D2O on bad answers alone; refresh: new anchors every so many steps, 0 = the base's.
-
-    Its learning rate is tuned once, with 4 anchors of the base.
-    """
-    flags = (("num_anchors", anchors), ("anchor_tokens", 48))
-    if refresh:
-        flags += (("refresh_anchors", refresh),)
-    return Cell("negatives", "d2o", flags, None if (anchors, refresh) == (4, 0) else d2o(4))
-
-
-def mean_logps(method: str, beta: float) -> Cell:
-    """A method on HH-like pairs with length averages in place of sums of log-probs."""
-    return Cell("hh", method, (("logp_reduction", "mean"), ("beta", beta)))
-
-
-def unbalanced(method: str, percent_good: int, reduction: str) -> Cell:
-    return Cell(f"qa-{percent_good}", method, (("reduction", reduction),), Cell("qa", method))
-
-
-def swept(cell: Cell) -> list[Cell]:
-    """A cell again with other beta (where the method has one) and other numbers of epochs."""
-    flags = [] if cell.method == "sft" else [("beta", beta) for beta in (0.1, 0.25, 1, 2)]
-    flags += [("num_train_epochs", epochs) for epochs in (0.25, 0.5, 2)]
-    return [Cell(cell.data, cell.method, (flag,), cell, seeds=3) for flag in flags]
-
-
-ALL = ("sft", "unlearning", "unlikelihood", "dpo", "pointwise_dpo", "ulma", "rlhf",
-       "pointwise_rlhf")
-FRONTIER = cells("hh", "ulma", "pointwise_dpo", "dpo", "sft")
-UNLEARNING, NEGATIVE_DPO = cells("negatives", "unlearning", "negative_dpo")
-DIRTY_D2O = Cell("golden", "d2o", d2o(4).flags)
-LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 13 to 27 tokens
+def cell(data: str, method: str, flags: tuple = (), seeds: int = 5) -> Cell:
+    """A method on data, with a learning rate of its own."""
+    if rate := RLHF_RATE.get((data, method)):
+        return Cell(data, method, flags, seeds=3, rate=rate)     # PPO takes a minute
+    return Cell(data, method, flags, seeds=seeds, rates=LOW if method in FRAGILE else HIGH)
 
 
 # ---- the dial of demonstrations ---------------------------------------------------------------
 
-SHOWN = ("bt", "4", "16", "near-best")           # how good the chosen answers are
-# In the middle of one plateau of the older tuning runs on HH-like, QA-like and golden data. DPO
-# has none, so that it is tuned for each kind of demonstrations; KTO's rate is pointwise DPO's.
-RATES = {"sft": (3e-3,), "ulma": (2e-3,), "pointwise_dpo": (1e-3,), "dpo": (2.5e-4, 5e-4, 1e-3),
-         "kto": (1e-3,)}
+SHOWN = ("hh", "shown-4", "shown-16", "shown-near-best")     # how good the chosen answers are
+DIAL = (("sft", None), ("kto", None), ("pointwise_dpo", None), ("ulma", None), ("dpo", None),
+        ("ulma", "sft"), ("dpo", "sft"))         # method, and what it starts from the end of
+# Written down before the first test run, from older tuning runs (SFT, ULMA, pointwise DPO and KTO)
+# or from one tuning run at each of three rates (DPO; DPO after SFT took the same). All on HH-like
+# pairs, and DPO everywhere, are tuned like other cells too, which shows where these rates lie and
+# changes no test run.
+DIAL_RATE = {"sft": 3e-3, "ulma": 2e-3, "pointwise_dpo": 1e-3, "kto": 1e-3}
+DIAL_RATE_OF_DPO = dict(zip(SHOWN, (1e-3, 5e-4, 2.5e-4, 5e-4), strict=True))
 MORE_SEEDS = {   # the cells of the primary hypotheses: 8 seeds, as 5 cannot pass a sign-flip test
-    "bt": ("sft", "ulma", "dpo"), "4": ("ulma", "dpo"), "near-best": ("ulma", "dpo"),
-    "16": ("sft", "ulma", "pointwise_dpo", "dpo after=sft")}
+    "hh": ("sft", "ulma", "dpo"), "shown-4": ("ulma", "dpo"), "shown-near-best": ("ulma", "dpo"),
+    "shown-16": ("sft", "ulma", "pointwise_dpo", "dpo after=sft")}
 
 
-def shown(how: str, method: str, after: str | None = None) -> Cell:
+def shown(data: str, method: str, after: str | None = None) -> Cell:
     """A method on the dial; `after` names the method whose end it starts from."""
     name = f"{method} after={after}" if after else method
-    return Cell(f"shown-{how}", method, tuned_as=shown(how, method) if after else None,
-                seeds=8 if name in MORE_SEEDS[how] else 5, rates=RATES[method],
-                after=shown(how, after) if after else None)
+    tuned = () if after else LOW if method == "dpo" else HIGH if data == "hh" else ()
+    rate = DIAL_RATE_OF_DPO[data] if method == "dpo" else DIAL_RATE[method]
+    return Cell(data, method, seeds=8 if name in MORE_SEEDS[data] else 5, rates=tuned, rate=rate,
+                after=shown(data, after) if after else None)
 
 
-def dial(how: str) -> list[Cell]:
-    """The cells of one kind of demonstrations; KTO, and ULMA after SFT, for some only."""
-    methods = [name for name in RATES if name != "kto" or how in ("bt", "16")]
-    two_steps = ("dpo", "ulma") if how == "16" else ("dpo",)
-    return [*(shown(how, method) for method in methods),
-            *(shown(how, method, "sft") for method in two_steps)]
+def tuned_second_step(data: str) -> Cell:
+    """DPO after SFT at a rate that is tuned for it, not DPO's alone."""
+    return Cell(data, "dpo", (("rate", "tuned"),), rates=LOW, after=shown(data, "sft"))
+
+
+def dial_rows() -> list[list[Cell]]:
+    """A row of cells for every method of the dial, one for each kind of demonstrations."""
+    return [*([shown(data, method, after) for data in SHOWN] for method, after in DIAL),
+            [tuned_second_step(data) for data in SHOWN]]
+
+
+def dial(data: str) -> list[Cell]:
+    """The cells of one kind of demonstrations; ULMA after SFT for one kind only."""
+    return [shown(data, method, after) for method, after in DIAL
+            if (method, after) != ("ulma", "sft") or data == "shown-16"]
+
+
+def cells(data: str, *methods: str) -> list[Cell]:
+    """One cell per method; those of the dial are the dial's, and DPO on QA-like points gets the
+    pairs that their labels make."""
+    return [shown(data, method) if data == "hh" and method in (*DIAL_RATE, "dpo") else
+            cell("qa-pairs" if (data, method) == ("qa", "dpo") else data, method)
+            for method in methods]
+
+
+def like(leader: Cell, data: str | None = None, seeds: int = 5, **flags: object) -> Cell:
+    """A cell at the rate of another: on other data, or with more flags."""
+    return Cell(data or leader.data, leader.method, (*leader.flags, *flags.items()),
+                tuned_as=leader, seeds=seeds)
 
 
 def fixed(data: str, method: str, rate: float, seeds: int, **flags: object) -> Cell:
     """A cell with a rate that is not tuned."""
-    return Cell(data, method, tuple(flags.items()), seeds=seeds, rates=(rate,))
+    return Cell(data, method, tuple(flags.items()), seeds=seeds, rate=rate)
 
 
-def like_bt(data: str, method: str, seeds: int) -> Cell:
-    """A method at the rate that it has on the dial's BT pairs."""
-    return Cell(data, method, tuned_as=shown("bt", method), seeds=seeds, rates=RATES[method])
+# ---- other families of cells --------------------------------------------------------------------
+
+def negatives(method: str, epochs: int = 4, anchors: int = 0, refresh: int = 0) -> Cell:
+    """A method on 608 bad answers alone; four epochs are 76 steps.
+
+    anchors, refresh   of D2O: how many, and drawn anew every so many steps (0: the base's)
+    Tuned at 76 steps, D2O for each kind of anchors with 4 of them; new ones take minutes a run, so
+    that these cells have 3 seeds.
+    """
+    flags = (("num_train_epochs", epochs),)
+    if anchors:
+        flags += (("num_anchors", anchors), ("anchor_tokens", 48))
+    if refresh:
+        flags += (("refresh_anchors", refresh),)
+    seeds = 3 if refresh else 5
+    if epochs == 4 and anchors in (0, 4):
+        rates = LOW if refresh or method in FRAGILE else HIGH
+        return Cell("negatives", method, flags, seeds=seeds, rates=rates)
+    leader = negatives(method, 4, anchors and 4, refresh)
+    return Cell("negatives", method, flags, tuned_as=leader, seeds=seeds)
 
 
-FACTORS_OF_TWO = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+def d2o(anchors: int, refresh: int = 0, epochs: int = 4) -> Cell:
+    return negatives("d2o", epochs, anchors, refresh)
+
+
+UNLEARNING, NEGATIVE_DPO = negatives("unlearning"), negatives("negative_dpo")
+DIRTY_D2O = cell("golden", "d2o", (("num_anchors", 4), ("anchor_tokens", 48)))
+LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 13 to 27 tokens
+
+
+def mean_logps(method: str, beta: float) -> Cell:
+    """A method on HH-like pairs with length averages in place of sums of log-probs."""
+    return Cell("hh", method, (("logp_reduction", "mean"), ("beta", beta)), rates=LOW
+                if (method, beta) == ("ulma", 24 * BETA) else HIGH)
+
+
+def unbalanced(method: str, percent_good: int, reduction: str) -> Cell:
+    return like(cell("qa", method), f"qa-{percent_good}", 3, reduction=reduction)
 
 
 def at_beta(method: str, beta: float) -> Cell:
-    """A method on the dial's BT pairs with another beta and a rate tuned for it."""
-    return Cell("shown-bt", method, (("beta", beta),), seeds=3, rates=FACTORS_OF_TWO)
+    """A method on HH-like pairs with another beta and a rate tuned for it."""
+    return Cell("hh", method, (("beta", beta),), seeds=3, rates=LADDER)
 
 
+ALL = ("sft", "unlearning", "unlikelihood", "dpo", "pointwise_dpo", "ulma", "rlhf",
+       "pointwise_rlhf")
 FOUR = ("sft", "ulma", "pointwise_dpo", "dpo")
+MEANS = ("ulma", "pointwise_dpo")                # methods with a sum and a mean to compare
 
 # ---- tables -------------------------------------------------------------------------------------
 
@@ -160,71 +201,69 @@ Z_SCORES = ("E[r]", "KL(pi||pi*)", "objective", "calibration error", "reward slo
             "reward accuracy")
 
 
-def dial_rate(method: str) -> float:
-    """The middle one of a method's rates on the dial."""
-    return RATES[method][len(RATES[method]) // 2]
-
-
 TABLES = {
     "dial": Table(
         "The dial of demonstrations: how good the chosen answers are",
-        "1,216 pairs; rejected is the Bradley-Terry loser of two draws, chosen the winner (BT "
+        "1,216 pairs; rejected is the Bradley-Terry loser of two draws, chosen the winner (HH-like "
         "pairs), the best of 4 or of 16 draws, or one of the 16 best of 288 at random. Two steps "
-        "(SFT, then another method) take twice as many updates.",
-        (MAIN, NEW_SCORES, WINS), [cell for how in SHOWN for cell in dial(how)]),
+        "(SFT, then another method) take twice as many updates. D2O reads the rejected answers "
+        "alone, which are the same everywhere: one row, at the rate tuned on golden pairs.",
+        (MAIN, NEW_SCORES, WINS), [*(cell for data in SHOWN
+                                     for cell in (*dial(data), tuned_second_step(data))),
+                                   like(DIRTY_D2O, "hh")]),
     "mixture": Table(
         "Demonstrations and point-wise labels in one file",
         "Half demonstrations (one of the 16 best, label 1), half QA-like points. Rates are the "
         "dial's, not tuned here.",
         (MAIN, NEW_SCORES),
-        [fixed("mixture", method, dial_rate(method), 3)
+        [fixed("mixture", method, DIAL_RATE[method], 3)
          for method in ("sft", "ulma", "pointwise_dpo", "kto")]),
     "noise": Table(
-        "Label noise: chosen and rejected exchanged in 10, 20 and 30 % of BT pairs",
-        "Same pairs, seed by seed, as the dial's BT pairs (0 %), at the rates found there.",
+        "Label noise: chosen and rejected exchanged in 10, 20 and 30 % of HH-like pairs",
+        "Same pairs, seed by seed, as the dial's HH-like pairs (0 %), at the rates found there.",
         (WITH_OPTIMUM, NEW_SCORES),
-        [cell for method in FOUR for cell in (
-            shown("bt", method), *(like_bt(f"noise-{percent}", method, 5)
+        [row for method in FOUR for row in (
+            shown("hh", method), *(like(shown("hh", method), f"noise-{percent}")
                                    for percent in (10, 20, 30)))]),
     "size": Table(
-        "How many pairs: a quarter and four times the dial's BT pairs",
+        "How many pairs: a quarter and four times the HH-like pairs",
         "One epoch each, 19, 76 and 304 steps, at the dial's rates; a set of pairs holds all of "
         "the smaller sets.",
         (WITH_OPTIMUM, NEW_SCORES),
-        [cell for method in FOUR for cell in (
-            like_bt("size-quarter", method, 3), shown("bt", method),
-            like_bt("size-four", method, 3))]),
+        [row for method in FOUR for row in (
+            like(shown("hh", method), "size-quarter", 3), shown("hh", method),
+            like(shown("hh", method), "size-four", 3))]),
+    "unseen": Table(
+        "Verbs left out of the objective's data",
+        "HH-like pairs about 12 of the 16 verbs (two harmful and two harmless ones are missing), "
+        "as many as before, at the dial's rates; the base was trained on all. unseen, seen: the 11 "
+        "test prompts with the four verbs (7 harmful), and the other 29; the rows of HH-like pairs "
+        "are of runs that saw all verbs. Compare rows, not columns.",
+        (("E[r]", "E[r] unseen", "E[r] seen", "harmful unseen", "harmful seen", "off-world"),),
+        [row for method in FOUR for row in (
+            shown("hh", method), like(shown("hh", method), "unseen"))]),
+    "lengths": Table(
+        "Chosen answers that are the longer ones, or the shorter ones; sums and length averages",
+        "1,216 HH-like pairs each, of those whose chosen answer has at least a quarter more, or "
+        "less, characters than the rejected one. Averages have beta 12, 24 tokens' worth of 0.5. "
+        "Rates as on HH-like pairs.",
+        (("E[r]", "length", "harmful", "off-world", "KL(pi||ref)", "perplexity"),),
+        [like(leader, data, 3) for data in ("longer", "shorter") for leader in (
+            *(shown("hh", method) for method in FOUR),
+            *(mean_logps(method, LENGTH_AVERAGE_BETAS[1]) for method in MEANS))]),
     "beta": Table(
-        "Beta 0.1 and 2 on BT pairs, each with a rate of its own",
-        "Rates tuned over 1.25e-4 to 4e-3 in factors of 2; beta 0.5 is the dial's cell.",
+        "Beta 0.1 and 2 on HH-like pairs, each with a rate of its own",
+        "Beta 0.5 is the dial's cell.",
         (WITH_OPTIMUM, NEW_SCORES),
-        [cell for method in FOUR[1:] for cell in (
-            at_beta(method, 0.1), shown("bt", method), at_beta(method, 2))]),
+        [row for method in FOUR[1:] for row in (
+            at_beta(method, 0.1), shown("hh", method), at_beta(method, 2))]),
     "ppo": Table(
         "PPO for 40 and 160 steps, beside its reward model",
-        "BT pairs. The reward model's row is of the policy pi_ref exp(rhat / beta) / Z that PPO "
-        "would end at if it were perfect, computed; reward accuracy is there the model's. PPO's "
-        "rate is the one tuned at 40 steps on HH-like pairs of the older base.",
+        "HH-like pairs. The reward model's row is of the policy pi_ref exp(rhat / beta) / Z that "
+        "PPO would end at if it were perfect, computed; reward accuracy is there the model's.",
         (WITH_OPTIMUM, NEW_SCORES),
-        [fixed("shown-bt", "reward_model", REWARD_MODEL_RATE, 2),
-         *(fixed("shown-bt", "rlhf", 1e-3, 2, max_steps=steps) for steps in (40, 160))]),
-    "negatives": Table(
-        "Negatives only for 76 steps, each method with a rate of its own",
-        "608 bad answers, four epochs; rates tuned over 1.25e-4 to 4e-3 in factors of 2.",
-        (D2O_SCORES, NEW_SCORES),
-        [Cell("negatives", cell.method, (("num_train_epochs", 4), *cell.flags), seeds=2,
-              rates=FACTORS_OF_TWO)
-         for cell in (UNLEARNING, NEGATIVE_DPO, d2o(4))]),
-    "artefacts": Table(
-        "Settings that decided a verdict, changed",
-        "Ratings z - 1/2 (z with log_z 1/2) at beta 0.1 in place of z at 0.5; anchors of the "
-        "current policy at 1e-3 in place of 3e-3; DPO with small beta at 3e-4 in place of 1e-3.",
-        (MAIN, NEW_SCORES),
-        [*(fixed("red-team", method, 3e-3, 2, beta=0.1, log_z=0.5)
-           for method in ("pointwise_mse", "ulma_mse")),
-         *(fixed("negatives", "d2o", 1e-3, 2, **dict(d2o(anchors, 1).flags), learning_rate=1e-3)
-           for anchors in (1, 11)),
-         *(fixed("hh", "dpo", 3e-4, 2, beta=beta, learning_rate=3e-4) for beta in (0.1, 0.25))]),
+        [fixed("hh", "reward_model", REWARD_MODEL_RATE, 2),
+         *cells("hh", "rlhf"), like(cell("hh", "rlhf"), seeds=2, max_steps=160)]),
     "rewards": Table(
         "Reward models, and where RLHF would end if PPO were perfect",
         "The policy pi_ref exp(rhat / beta) / Z of a trained reward model, computed; reward "
@@ -254,29 +293,34 @@ TABLES = {
     "red-team": Table(
         "Red-team-like ratings 0 to 4, each on its own (ULMA, Table 1)",
         "The squared error asks for beta log(pi/pi_ref) = z with z in [0, 1]: small "
-        "log-ratios by design. Ratings have no noise here, so that the best ones mark the "
+        "log-ratios by design; log_z 0.5 centres the ratings, and beta 0.1 asks for larger ones "
+        "(rate 3e-3, not tuned). Ratings have no noise here, so that the best ones mark the "
         "best answers: that favours SFT. Compare the order of methods only.",
         (MAIN, WINS_OF_BASE),
-        cells("red-team", "sft", "pointwise_dpo", "ulma", "pointwise_mse", "ulma_mse")),
+        [*cells("red-team", "sft", "pointwise_dpo", "ulma", "pointwise_mse", "ulma_mse"),
+         *(fixed("red-team", method, 3e-3, 2, beta=0.1, log_z=0.5)
+           for method in ("pointwise_mse", "ulma_mse"))]),
     "ablation": Table(
         "Ablations: positive and negative DPO (ULMA, Table 3)",
         "The same runs as above, and two more methods.",
-        (MAIN,), [cell for data in ("hh", "qa") for cell in
+        (MAIN,), [row for data in ("hh", "qa") for row in
                   cells(data, "sft", "positive_dpo", "unlearning", "negative_dpo")]),
     "d2o": Table(
-        "D2O: how many anchors, and whose",
-        "Negatives only: 608 bad answers, four to a prompt. One tuned learning rate for all "
-        "D2O rows. The paper's moral instructions, which diversify anchors, are left out.",
-        (D2O_SCORES,),
-        [UNLEARNING, NEGATIVE_DPO, d2o(4), d2o(1), d2o(2), d2o(11)]
-        + [d2o(anchors, refresh) for refresh in (10, 1) for anchors in (1, 2, 4, 11)]),
+        "Negatives only: D2O, how many anchors and whose, and its rivals",
+        "608 bad answers, four to a prompt; four epochs, 76 steps, and one, 19 steps, at the same "
+        "rate. One rate for each kind of anchors (the base's, new ones every 10 steps, new ones at "
+        "every step). The paper's moral instructions, which diversify anchors, are left out.",
+        (D2O_SCORES, NEW_SCORES),
+        [*(negatives(method, epochs) for epochs in (4, 1)
+           for method in ("unlearning", "negative_dpo")), d2o(4), d2o(4, epochs=1), d2o(1), d2o(11),
+         d2o(4, 10), d2o(4, 1)]),
     "dirty": Table(
         "Dirty positives: harmful answers among the chosen ones (D2O's motivation)",
         "A dirty positive is a harmful answer of the base's; D2O reads no positives and has "
         "one row.",
         (MAIN,),
-        [DIRTY_D2O] + [cell for data in ("golden", "golden-10", "golden-30")
-                       for cell in cells(data, "sft", "dpo", "ulma")]),
+        [DIRTY_D2O] + [row for data in ("golden", "golden-10", "golden-30")
+                       for row in cells(data, "sft", "dpo", "ulma")]),
     "z": Table(
         "Z(x) = 1, and what could stand there",
         "Only here is Z(x) known; for a real model a constant or a batch has to do.",
@@ -287,18 +331,12 @@ TABLES = {
         "Sums of log-probs, and the length averages of the authors' code",
         "Answers of the world have 13 to 27 tokens; lengths of real answers vary more.",
         (MAIN, WINS),
-        cells("hh", "ulma", "pointwise_dpo")
-        + [mean_logps(method, beta) for method in ("ulma", "pointwise_dpo")
-           for beta in LENGTH_AVERAGE_BETAS]),
+        cells("hh", *MEANS)
+        + [mean_logps(method, beta) for method in MEANS for beta in LENGTH_AVERAGE_BETAS]),
     "balance": Table(
         "Few good answers, few bad ones",
         "Learning rates are those tuned on the QA-like points, so that balance alone differs.",
         (MAIN, Z_SCORES),
         [unbalanced(method, percent, reduction) for percent in (10, 90)
-         for method in ("pointwise_dpo", "ulma") for reduction in ("mean", "class")]),
-    "frontier": Table(
-        "Reward and KL: beta and the number of steps swept",
-        "Rows of one method differ in beta or in the number of steps, as named; rates are "
-        "those tuned at beta 0.5 and one epoch; 3 seeds where swept.",
-        (MAIN,), FRONTIER + [variant for cell in FRONTIER for variant in swept(cell)]),
+         for method in MEANS for reduction in ("mean", "class")]),
 }

@@ -5,8 +5,16 @@ from collections import Counter
 
 import pytest
 
-from study.datasets import DATASETS, RESPONSES, balanced, differing_pairs, dirty, group_prompts
-from world import answers, draw_data, question, training_prompts
+from study.datasets import (
+    DATASETS,
+    RESPONSES,
+    UNSEEN_VERBS,
+    balanced,
+    differing_pairs,
+    dirty,
+    group_prompts,
+)
+from world import BAD_VERBS, answers, draw_data, held_out_prompts, question, training_prompts
 
 
 def test_grouping_keeps_every_row_and_puts_a_prompts_rows_together():
@@ -46,8 +54,7 @@ def test_pairs_of_points_pair_a_prompts_good_answer_with_its_bad_one():
 
 
 def test_demonstrations_replace_the_chosen_answer_alone():
-    pairs, best = DATASETS["shown-bt"](3), {}
-    assert pairs == DATASETS["hh"](3)
+    pairs, best = DATASETS["hh"](3), {}
     for prompt in training_prompts():
         ordered = sorted(answers(*prompt), key=lambda answer: -answer[1])
         best[question(*prompt)] = [text for text, *_ in ordered[:16]]
@@ -72,9 +79,27 @@ def test_flips_and_mixtures():
     assert RESPONSES - 20 < len(mixed) <= RESPONSES
 
 
+def test_pairs_chosen_by_length_and_pairs_without_some_verbs():
+    for name, sign in (("longer", 1), ("shorter", -1)):
+        rows = DATASETS[name](3)
+        assert len(rows) == RESPONSES // 2 and rows == DATASETS[name](3)
+        for row in rows:
+            sizes = sorted([len(row["chosen"]), len(row["rejected"])], key=lambda n: sign * n)
+            assert sizes == [len(row["rejected"]), len(row["chosen"])]
+            assert max(sizes) >= 1.25 * min(sizes)
+    rows = DATASETS["unseen"](3)
+    assert len(rows) == RESPONSES // 2
+    asked = {row["prompt"] for row in rows}
+    for prompt in training_prompts():
+        assert (question(*prompt) in asked) == (prompt[0] not in UNSEEN_VERBS)
+    tested = [verb in UNSEEN_VERBS for verb, _ in held_out_prompts()]
+    assert sum(tested) >= 5                      # enough of the 40 test prompts to measure on
+    assert {verb in BAD_VERBS for verb in UNSEEN_VERBS} == {True, False}
+
+
 def test_sets_of_pairs_of_different_size_hold_the_smaller_ones():
     sets = [[tuple(row.values()) for row in DATASETS[name](3)]
-            for name in ("size-quarter", "shown-bt", "size-four")]
+            for name in ("size-quarter", "hh", "size-four")]
     assert [2 * len(rows) for rows in sets] == [RESPONSES // 4, RESPONSES, 4 * RESPONSES]
     assert all(set(few) < set(many) for few, many in itertools.pairwise(sets))
     prompts = Counter(prompt for prompt, *_ in sets[0])

@@ -268,7 +268,7 @@ def test_increasing_root_finds_zeros_and_takes_the_bound_where_there_is_none():
 
 
 def test_bradley_terry_finds_rewards_and_the_largest_likelihood_under_flips():
-    given = population("shown-bt", HARMFUL)
+    given = population("hh", HARMFUL)
     wins = drawn_pairs(given.reference.exp(), given.rewards)
     found = bradley_terry(wins)
     assert_close(found - found.mean(), given.rewards - given.rewards.mean(), atol=1e-8, rtol=0)
@@ -299,10 +299,10 @@ def test_demonstrations_and_pairs_are_distributed_as_the_data(how):
 
 
 def test_two_steps_start_from_the_first_ones_optimum():
-    # DPO of BT pairs multiplies by exp(r / beta), whatever it starts from: SFT's a / sum a here.
-    row = mean_optimum("shown-bt", "dpo", after="sft")
-    assert row["E[r]"] > mean_optimum("shown-bt", "dpo")["E[r]"]
-    given = population("shown-bt", HARMLESS)
+    # DPO of HH-like pairs multiplies by exp(r / beta), whatever it starts from: SFT's a / sum a.
+    row = mean_optimum("hh", "dpo", after="sft")
+    assert row["E[r]"] > mean_optimum("hh", "dpo")["E[r]"]
+    given = population("hh", HARMLESS)
     chosen = given.mass(1) / given.mass(1).sum()
     by_hand = chosen * (given.rewards / 0.5).exp()
     first = replace(given, reference=solve(given, "sft", 0.5))

@@ -12,7 +12,7 @@ from study.report import (
 )
 from study.rows import read_rows, save_rows, sort_rows
 from study.statistics import Claim, holm
-from study.tables import TABLES, at_beta, like_bt, shown
+from study.tables import TABLES, at_beta, like, shown
 
 BOUNDS = [{"data": "bounds", "method": name, "seed": 0, "runs": "w"}
           for name in ("base", "pi* beta=0.5")]
@@ -36,7 +36,8 @@ def test_the_report_is_written_from_rows_alone_and_leaves_out_what_is_not_done(t
     assert sorted(path.name for path in tmp_path.glob("*.md")) == [
         "README.md", "ablation.md", "qa.md", "z.md"]
     readme, table = (tmp_path / "README.md").read_text(), (tmp_path / "qa.md").read_text()
-    assert "| QA-like: ULMA beats SFT | E[r] | 0.00 [0.00, 0.00] | 3 | 1.000 | 1.000 |" in readme
+    line = "| QA-like: ULMA beats SFT | E[r] | 0.00 [0.00, 0.00] | – | 3 | 1.000 | 1.000 |"
+    assert line in readme
     assert "| QA-like points | ULMA | 0.25 [0.00, 0.50] |" in table    # t_2 s / sqrt(3) = 0.248
     assert "| HH-like pairs | SFT | not run |" in (tmp_path / "ablation.md").read_text()
 
@@ -53,10 +54,12 @@ def test_a_cell_that_is_only_tuned_keeps_its_test_runs(tmp_path):
     assert len(sort_rows(rows).results["qa", "ulma"]) == 3
 
 
-def test_bounds_of_two_bases_stand_side_by_side(tmp_path):
-    save_rows(str(tmp_path), BOUNDS)
-    save_rows(str(tmp_path), [row | {"runs": "v"} for row in BOUNDS])
-    assert sorted(sort_rows(read_rows(str(tmp_path))).bounds) == ["v", "w"]
+def test_bounds_of_two_bases_stand_side_by_side_while_both_have_runs(tmp_path):
+    for folder, method in (("w", "a"), ("v", "b"), ("v", "a")):
+        save_rows(str(tmp_path), rows_of({("x", method): [0.5, 0.6]}, folder)
+                  + [row | {"runs": folder} for row in BOUNDS])
+        bases = sorted(sort_rows(read_rows(str(tmp_path))).bounds)
+        assert bases == {"wa": ["w"], "vb": ["v", "w"], "va": ["v"]}[folder + method]
 
 
 def test_a_cell_that_left_the_world_shows_its_median():
@@ -86,13 +89,13 @@ def test_base_and_optimum_stand_once_for_every_base_that_runs_started_from():
 
 def test_the_optimum_beside_a_cell_is_that_of_its_beta_and_of_endless_data():
     assert optimum_shown(at_beta("ulma", 2)) == plain(mean_optimum("hh", "ulma", 2)["E[r]"])
-    assert optimum_shown(like_bt("size-four", "ulma", 3)) == plain(
-        mean_optimum("shown-bt", "ulma")["E[r]"])
-    assert optimum_shown(like_bt("noise-30", "dpo", 5)) == plain(
+    assert optimum_shown(like(shown("hh", "ulma"), "size-four", 3)) == plain(
+        mean_optimum("hh", "ulma")["E[r]"])
+    assert optimum_shown(like(shown("hh", "dpo"), "noise-30")) == plain(
         mean_optimum("noise-30", "dpo")["E[r]"])
-    assert optimum_shown(shown("bt", "dpo", "sft")) == plain(
-        mean_optimum("shown-bt", "dpo", after="sft")["E[r]"])
-    assert optimum_shown(shown("bt", "kto")) == "–"
+    assert optimum_shown(shown("hh", "dpo", "sft")) == plain(
+        mean_optimum("hh", "dpo", after="sft")["E[r]"])
+    assert optimum_shown(shown("hh", "kto")) == "–"
 
 
 def test_claims_without_two_seeds_of_every_cell_are_left_out():

@@ -13,6 +13,7 @@ from files.lock import locked
 from rlhf import ppo
 from study.claims import PAPER_CLAIMS, PRIMARY, QUESTIONS
 from study.datasets import DATASETS
+from study.rows import TUNING_SEEDS
 from study.runs import Cell, Run, arguments, execute
 from study.statistics import on_path
 from study.tables import TABLES
@@ -107,18 +108,17 @@ def test_every_cell_is_a_command_that_parses(monkeypatch):
     monkeypatch.setattr(ppo, "read_run", lambda path: run_json)
     for cell in {cell for table in TABLES.values() for cell in table.cells}:
         assert cell.data in DATASETS
-        if ("learning_rate", run_rate := cell.rates[0]) not in cell.flags:
-            run_rate = 1e-3
-        run = Run(cell, run_rate, 2)
+        run = Run(cell, 1.25e-4, 2)
         if cell.method.endswith("rlhf"):
             args = ppo.parse_args(arguments(run))
         else:
             args = train.parse_args(arguments(run), runs.ALL_METHODS)
-        assert args.learning_rate == run_rate and args.seed == 2
+        assert args.learning_rate == 1.25e-4 and args.seed == 2
         assert cell.after is None or args.sft_adapter.endswith("sft/lr0.003-seed2/final")
         assert all(getattr(args, name) == value for name, value in (
-            runs.RENAMED.get(flag, flag) for flag in cell.flags))
-        assert cell.tuned_as is None or not cell.tuned_as.tuned_as
+            runs.RENAMED.get(flag, flag) for flag in cell.flags if flag[0] != "rate"))
+        leader = cell.tuned_as or cell
+        assert leader.tuned_as is None and (leader.rate or leader.rates)
 
 
 def test_tuning_uses_training_prompts_and_a_test_uses_none_of_them(monkeypatch):
@@ -135,13 +135,14 @@ def test_tuning_uses_training_prompts_and_a_test_uses_none_of_them(monkeypatch):
     monkeypatch.setattr(runs, "base_logps", runs.base_logps.__wrapped__)
     monkeypatch.setattr(runs, "kl_path", lambda *_: [])
     monkeypatch.setattr(runs, "prompt_scores", lambda *_: dict.fromkeys(runs.PER_PROMPT, 0.5))
-    for seed in (runs.TUNING_SEED, 1, 5):
+    for seed in (*TUNING_SEEDS, 1, 5):
         runs.measure(Run(Cell("hh", "ulma"), 1e-3, seed))
     assert used[0::2] == used[1::2]
     used = used[::2]
     assert set(used[0]) <= set(training_prompts()) and len(used[0]) == 24
     assert sum(verb in BAD_VERBS for verb, _ in used[0]) == 12       # half are harmful requests
-    assert used[1] == used[2] and not set(used[1]) & set(training_prompts())
+    assert used[0] == used[1] and used[2] == used[3]
+    assert not set(used[2]) & set(training_prompts())
 
 
 def test_every_claim_is_about_cells_of_the_tables():

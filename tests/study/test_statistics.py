@@ -14,6 +14,7 @@ from study.statistics import (
     flips_above,
     holm,
     on_path,
+    over_seeds_and_verbs,
     reward_range,
     t_above,
     verdict,
@@ -111,3 +112,37 @@ def test_no_interval_leaves_the_possible_range():
     best = sum(max(r for _, r, *_ in answers(*p)) for p in held_out_prompts()) / 40
     assert reward_range()[1] == pytest.approx(best) and clipped([-3.0, 3.0], "E[r]")[2] == best
     assert clipped([-3.0, 3.0], "objective")[1] < -30
+
+
+def test_the_interval_over_seeds_and_verbs():
+    verbs = [verb for verb, _ in held_out_prompts()]
+    listed = sorted(set(verbs))
+
+    def study_of(difference, seeds):
+        """B has its seed's number everywhere, A the difference(verb, seed) on top."""
+        rows = rows_of({A: [0.0] * seeds, B: [0.0] * seeds, C: [0.0] * seeds})
+        for row in rows:
+            extra = {"a": difference, "b": lambda *_: 0.0, "c": lambda *_: 1.0}[row["method"]]
+            row["prompts"] = {"E[r]": [extra(verb, row["seed"]) + row["seed"] for verb in verbs]}
+        base = {"data": "bounds", "method": "base", "seed": 0, "runs": "w",
+                "prompts": {"E[r]": [0.5] * len(verbs)}}
+        return sort_rows([*rows, base])
+
+    def found(difference, seeds, *more):
+        return over_seeds_and_verbs(study_of(difference, seeds), Claim("", "", A, *more))
+
+    assert found(lambda verb, seed: 2.0, 3, B) == pytest.approx((2.0, 2.0))
+    # Seeds alone differ, by 1 2 3: Student's interval 2 ± 4.303 / sqrt(3).
+    assert found(lambda verb, seed: seed, 3, B) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
+    # Verbs alone differ, by 0 or 1: about t / 2 / sqrt(V), at 19 degrees t is 2.093.
+    low, high = found(lambda verb, seed: listed.index(verb) % 2, 20, B)
+    share = sum(listed.index(verb) % 2 for verb in verbs) / len(verbs)
+    assert (low + high) / 2 == pytest.approx(share)
+    assert high - low == pytest.approx(2 * 2.093 * 0.5 / len(listed) ** 0.5, rel=0.25)
+    # Against the base, 0.5 on every prompt: seeds 1 and 2, differences 0.5 and 1.5.
+    assert sum(found(lambda verb, seed: 0.0, 2, None)) / 2 == pytest.approx(1.0)
+    # Gains: (A - B) - (C - B) is 2 - 1 on every prompt.
+    assert over_seeds_and_verbs(study_of(lambda verb, seed: 2.0, 2), Claim(
+        "", "", A, C, before=(B, B))) == pytest.approx((1.0, 1.0))
+    for claim in (Claim("", "", A, B, how="at equal KL"), Claim("", "", A, B, score="harmful")):
+        assert over_seeds_and_verbs(study_of(lambda verb, seed: 1.0, 2), claim) is None
