@@ -132,8 +132,10 @@ class Run(Training):
 
 @cache
 def weights_of(model: str) -> list[str]:
-    """What tells a base model from another: its files' hashes."""
-    return sorted(fingerprints(model).values())
+    """What tells a base model from another: its weights' hashes; not config.json's, which newer
+    code may write in other words."""
+    return sorted(digest for name, digest in fingerprints(model).items()
+                  if name.endswith(".safetensors"))
 
 
 def work_folder() -> str:

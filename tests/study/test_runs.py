@@ -199,3 +199,22 @@ def test_a_run_that_another_process_trains_is_left_alone(small_world):
     with locked(f"{run.folder}/.lock", run.folder), pytest.raises(ValueError, match="in use by"):
         execute(run)
     assert log.read_text() == "step 1\n"
+
+
+def test_runs_of_other_weights_have_another_folder_and_of_another_config_text_the_same(
+        tmp_path, tiny_model, monkeypatch):
+    model = tmp_path / "base"
+    shutil.copytree(tiny_model, model)
+    monkeypatch.setattr(runs, "base_model", lambda: str(model))
+    names = []
+    for change in (None, "config.json", "model.safetensors"):
+        if change == "config.json":
+            (model / change).write_text((model / change).read_text() + "\n")
+        elif change:
+            data = bytearray((model / change).read_bytes())
+            data[-1] ^= 1
+            (model / change).write_bytes(data)
+        runs.weights_of.cache_clear()
+        names.append(runs.work_folder())
+    runs.weights_of.cache_clear()
+    assert names[0] == names[1] != names[2]
