@@ -248,11 +248,13 @@ def win_tie_lose(policy: Tensor, other: Tensor, rewards: Tensor, name: str) -> d
 def chosen_distribution(prompt: Prompt, data: str) -> Tensor:
     """Log-probs of the data's chosen answer, and of everything else (none): [Y + 1].
 
-    data   golden pairs, dirty ones too: the best answer; demonstrations: as they are drawn; all
-           other: the preferred one of two independent draws
+    data   golden pairs, dirty ones too: the best answer; demonstrations: as they are drawn;
+           HH-like pairs: the preferred one of two draws that differ; all other: of two independent
+           draws
     """
     known = "golden" if data.startswith("golden") else data if data.startswith("shown") else "hh"
-    mass = population(known, prompt, independent=known == "hh").mass(1)          # [Y]
+    independent = known == "hh" and data != "hh"
+    mass = population(known, prompt, independent=independent).mass(1)            # [Y]
     return torch.cat([mass / mass.sum(), mass.new_zeros(1)]).log()
 
 

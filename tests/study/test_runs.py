@@ -31,18 +31,24 @@ def test_win_tie_lose_by_hand():
 
 
 def test_the_chosen_answer_is_distributed_as_draws_say():
-    # Of two draws a, b the first is chosen with sigma(r_a - r_b): summed over both orders.
+    # Of two draws a, b the first is chosen with sigma(r_a - r_b): summed over both orders. HH-like
+    # pairs draw b again until it differs from a.
     prompt = training_prompts()[0]
     rewards = torch.tensor([r for _, r, *_ in answers(*prompt)], dtype=torch.float64)
     habits = torch.tensor([w for *_, w in answers(*prompt)], dtype=torch.float64)
-    expected = torch.zeros(288, dtype=torch.float64)
-    for a in range(288):
-        first = torch.sigmoid(rewards[a] - rewards)
-        expected[a] += (habits[a] * habits * first).sum()          # a drawn first, and chosen
-        expected += habits[a] * habits * (1 - first)               # a drawn first, b chosen
-    probs = runs.chosen_distribution(prompt, "hh").exp()
-    assert_close(probs[:-1], expected)
-    assert float(probs.sum()) == pytest.approx(1) and float(probs[-1]) == 0
+    for data in ("qa", "hh"):
+        expected = torch.zeros(288, dtype=torch.float64)
+        for a in range(288):
+            second = habits.clone()
+            if data == "hh":
+                second[a] = 0
+                second /= second.sum()
+            first = torch.sigmoid(rewards[a] - rewards)
+            expected[a] += (habits[a] * second * first).sum()      # a drawn first, and chosen
+            expected += habits[a] * second * (1 - first)           # a drawn first, b chosen
+        probs = runs.chosen_distribution(prompt, data).exp()
+        assert_close(probs[:-1], expected)
+        assert float(probs.sum()) == pytest.approx(1) and float(probs[-1]) == 0
     best = runs.chosen_distribution(prompt, "golden-30").exp()
     assert int(best.argmax()) == int(rewards.argmax()) and float(best.max()) == 1
 
