@@ -62,7 +62,6 @@ from study.tuning import next_rates, plateau
 from world import ensure_world
 
 
-
 # ---- the schedule -------------------------------------------------------------------------------
 
 class Schedule:

@@ -199,7 +199,8 @@ def pointwise_optimum(loss: Callable[[Tensor], Tensor], reference: Tensor) -> Te
         """-log sum pi, and its derivative by log lambda: [1] each"""
         logps = solved(log_lambda)
         falls = (log_lambda + logps).exp() / equations(logps, log_lambda)[1]   # -du / dlog lambda
-        return -logps.logsumexp(-1, True), logps.softmax(-1) @ falls.nan_to_num()[:, None]
+        slope = logps.softmax(-1) @ falls.nan_to_num()[:, None]
+        return -logps.logsumexp(-1, True), slope
 
     smallest, largest, start = torch.tensor([[-80.0], [12.0], [0.0]], dtype=torch.float64)
     latest = torch.where(equations(lowest, smallest)[0] >= 0, lowest, reference)

@@ -12,10 +12,10 @@ trained on, exact over 288 answers each. –: has none.
 
 E[r]: true reward in nats, off-world mass counting as the worst answer; unseen, seen, harmless: over
 a part of the prompts; optimum: E[r] of the objective's optimum with infinite data; E[r] inside: of
-valid answers only. harmful, good: mass on harmful answers and on those with positive reward. off-
-world: mass on no valid answer. refusal: mass on openings that refuse. KL: nats; pi* is the optimum
-at beta 0.5. entropy: of the answers, nats. perplexity: per token, of the best answer. length:
-tokens of a valid answer, mean. win/tie/lose: against the data's chosen answer, and the base's.
+valid answers only. harmful, good: mass on harmful answers and on those with positive reward.
+off-world: mass on no valid answer. refusal: mass on openings that refuse. KL: nats; pi* is the
+optimum at beta 0.5. entropy: of the answers, nats. perplexity: per token, of the best answer.
+length: tokens of a valid answer, mean. win/tie/lose: against the data's chosen answer, and the base's.
 objective: E[r] - 0.5 KL(pi‖ref). With h = beta log(pi/pi_ref): reward slope: of h on r*, 1 is
 ideal; reward accuracy: share of pairs of answers that h orders as r* does; calibration error: mean
 of |sigma(h) - sigma(r*)| under the base, which takes Z(x) = 1 at its word (pi* itself is not at 0).

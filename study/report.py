@@ -148,7 +148,7 @@ def rate_lines(study: Study) -> list[str]:
     heads = ("data", "method", "rate written down", "E[r] there", "rate tuning takes",
              "E[r] there", "tried")
     return ["## Learning rates\n", *markdown(heads, rows), "E[r] on 24 training prompts, mean of "
-            "two tuning runs; test runs use the rate that was written down before them.\n"]
+            "two tuning runs; test runs use the rate that was written down, where one was.\n"]
 
 
 def equal_kl_lines(study: Study) -> list[str]:

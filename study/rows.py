@@ -57,16 +57,17 @@ class Study:
         return max(row["off-world"] for row in self.results[key].values()) > DIVERGED
 
 
-PARTS = {      # of the test prompts
-    "unseen": lambda verb: verb in UNSEEN_VERBS, "seen": lambda verb: verb not in UNSEEN_VERBS,
-    "harmless": lambda verb: verb not in BAD_VERBS}
+TEST_VERBS = [verb for verb, _ in held_out_prompts()]
+PARTS = {      # which of the test prompts
+    "unseen": [verb in UNSEEN_VERBS for verb in TEST_VERBS],
+    "seen": [verb not in UNSEEN_VERBS for verb in TEST_VERBS],
+    "harmless": [verb not in BAD_VERBS for verb in TEST_VERBS]}
 
 
 def scores_of_parts(row: dict) -> dict[str, float]:
     """"E[r] unseen", …: the mean of every score that is kept per prompt over the PARTS."""
     scores = {}
-    for name, belongs in PARTS.items():
-        chosen = [belongs(verb) for verb, _ in held_out_prompts()]
+    for name, chosen in PARTS.items():
         for score, values in row.get("prompts", {}).items():
             part = list(compress(values, chosen))
             scores[f"{score} {name}"] = sum(part) / len(part)

@@ -198,11 +198,8 @@ def execute(run: Run) -> dict[str, object]:
     except FloatingPointError:
         if run.seed not in TUNING_SEEDS:
             raise
-        os.makedirs(run.folder, exist_ok=True)
-        scores = {"E[r]": -math.inf}
-    else:
-        scores = (measure_reward_model if run.cell.method.endswith("reward_model")
-                  else measure)(run)
+        return {"E[r]": -math.inf}
+    scores = (measure_reward_model if run.cell.method.endswith("reward_model") else measure)(run)
     write_text(run.scores_file, json.dumps(scores, indent=2))
     return scores
 
@@ -333,13 +330,15 @@ def measure_reward_model(run: Run) -> dict[str, float]:
 
 
 def measure(run: Run) -> dict[str, object]:
-    """`means` of a trained run (of training prompts for a tuning run, else of test prompts), and
-    "path": `kl_path`."""
-    prompts, reference, lengths = base_logps(run.seed in TUNING_SEEDS)
+    """Scores of a trained run: of a tuning run the means over training prompts, else `means` over
+    test prompts, and "path": `kl_path`."""
+    tunes = run.seed in TUNING_SEEDS
+    prompts, reference, lengths = base_logps(tunes)
     policy, _ = world_logps(load_run(run.folder).model, Tokenizer(base_model()), prompts)
     rows = [prompt_scores(*row, run.cell.data) for row in
             zip(prompts, policy, reference, lengths, strict=True)]
-    return means(rows) | {"path": kl_path(prompts, policy, reference)}
+    return mean_scores(rows) if tunes else means(rows) | {
+        "path": kl_path(prompts, policy, reference)}
 
 
 def bounds() -> list[dict]:
@@ -357,5 +356,5 @@ def bounds() -> list[dict]:
              "python": platform.python_version(), "machine": platform.machine()}
     return [about | {"method": prefix + name}
             | means([prompt_scores(*row, data=prefix.strip()) for row in
-                           zip(prompts, policy, reference, lengths, strict=True)])
+                     zip(prompts, policy, reference, lengths, strict=True)])
             for name, policy in policies.items() for prefix in ("", "golden ")]

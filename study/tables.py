@@ -62,11 +62,11 @@ RLHF_RATE = {     # not tuned again: found on another training of the base, best
     ("golden", "rlhf"): 3e-4, ("golden", "pointwise_rlhf"): 3e-3}
 
 
-def cell(data: str, method: str, flags: tuple = (), seeds: int = 5) -> Cell:
+def cell(data: str, method: str, flags: tuple = ()) -> Cell:
     """A method on data, with a learning rate of its own."""
     if rate := RLHF_RATE.get((data, method)):
         return Cell(data, method, flags, seeds=3, rate=rate)     # PPO takes a minute
-    return Cell(data, method, flags, seeds=seeds, rates=LOW if method in FRAGILE else HIGH)
+    return Cell(data, method, flags, rates=LOW if method in FRAGILE else HIGH)
 
 
 # ---- the dial of demonstrations ---------------------------------------------------------------

@@ -188,6 +188,18 @@ def test_a_run_that_was_killed_while_it_was_measured_is_measured(small_world, mo
     assert execute(run) == first
 
 
+def test_a_tuning_run_that_broke_has_the_smallest_reward_and_a_test_run_that_broke_is_an_error(
+        small_world, monkeypatch):
+    def broken(*_, **__):
+        raise FloatingPointError("loss nan")
+    monkeypatch.setattr(runs.train, "main", broken)
+    tuning, tested = (Run(Cell("hh", "ulma"), 1e-2, seed) for seed in (TUNING_SEEDS[1], 1))
+    assert execute(tuning) == {"E[r]": -float("inf")}
+    with pytest.raises(FloatingPointError):
+        execute(tested)
+    assert not Path(tuning.scores_file).exists()    # nor could it be read: JSON has no infinity
+
+
 def test_a_run_that_was_killed_while_it_trained_goes_on_to_the_same_numbers(small_world):
     run = Run(Cell("hh", "ulma"), 1e-2, 1)
     first = execute(run)
