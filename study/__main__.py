@@ -3,6 +3,7 @@
     python -m study                  all tables (make reproduce); some three hours on two idle cores
     python -m study dial d2o         some of them, each under 40 minutes
     python -m study --report         train nothing, write results/ from results/runs.jsonl
+    python -m study --check 20       make 20 runs of results/runs.jsonl again and compare them
     python -m study.exact            what each objective wants, without any run
 
 1. Data of every shape is drawn from the world, anew for every seed (datasets.py).
@@ -40,12 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="results", help="folder of tables and figures (results)")
     parser.add_argument("--report", action="store_true",
                         help="train nothing; write tables and figures from OUT/runs.jsonl")
+    parser.add_argument("--check", type=int, metavar="N", help="make N runs of OUT/runs.jsonl, "
+                        "drawn at random, again and compare every number; writes no results")
     return parser
 
 
 if __name__ == "__main__":
     parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
 
+import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,8 +59,8 @@ import torch
 
 from study import exact
 from study.report import write_report
-from study.rows import TUNING_SEEDS, save_rows
-from study.runs import Cell, Run, bounds, end_with_parent, execute
+from study.rows import TUNING_SEEDS, read_rows, save_rows
+from study.runs import Cell, Run, bounds, end_with_parent, execute, work_folder
 from study.tables import TABLES
 from study.tuning import next_rates, plateau
 from world import ensure_world
@@ -137,15 +141,54 @@ def execute_cells(cells: list[Cell], schedule: Schedule, seeds: int = MOST_SEEDS
     return [run.row() | scores for run, scores in (tuning | tested).items()]
 
 
+# ---- are they the same again? -------------------------------------------------------------------
+
+def check(rows: list[dict], number: int, schedule: Schedule) -> None:
+    """Make `number` of the rows again, always the same ones for a file, and print what differs.
+
+    Runs whose folder is there already are compared as they are: start from a fresh clone.
+    raises  ValueError if there is no row, or a number of one is another one now
+    """
+    cells = {cell.key: cell for table in TABLES.values() for row in table.cells
+             for cell in (row, row.tuned_as) if cell}
+    rows = [row for row in rows if row["data"] != "bounds"]
+    if not rows:
+        raise ValueError("runs.jsonl has no run to check")
+    random.Random(0).shuffle(rows)
+    drawn = {Run(cells[row["data"], row["method"]], row["learning_rate"], row["seed"]): row
+             for row in rows[:number]}
+    before = list(dict.fromkeys(run.before for run in drawn if run.before))
+    there = sum(os.path.isfile(run.scores_file) for run in drawn)
+    schedule.total = len(before) + len(drawn)
+    schedule.scores(before)
+    differ = 0
+    for run, scores in schedule.scores(list(drawn)).items():
+        row = drawn[run]
+        if names := [name for name, score in scores.items() if score != row.get(name)]:
+            differ += 1
+            print(f"differs: {run.key}: E[r] {row['E[r]']}, now {scores['E[r]']}; {len(names)} of "
+                  f"{len(scores)} scores: {', '.join(names)}")
+    if differ:
+        other = any(row["runs"] != work_folder() for row in drawn.values())
+        raise ValueError(f"{differ} of {len(drawn)} runs have other numbers now"
+                         + "; the base model here has other weights than theirs" * other)
+    print(f"all {len(drawn)} runs have the same numbers again ({there} were in {work_folder()} "
+          "already)")
+
+
 # ---- the command line ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if unknown := sorted(set(args.tables) - set(TABLES)):
         raise ValueError(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    for name in ("workers", "seeds"):
-        if getattr(args, name) < 1:
+    for name in ("workers", "seeds", "check"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.check:
+        rows = read_rows(args.out)
+        ensure_world()
+        return check(rows, args.check, Schedule(args.workers))
     if not args.report:
         ensure_world()
         cells = [cell for name in args.tables or TABLES for cell in TABLES[name].cells]

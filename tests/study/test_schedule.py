@@ -1,6 +1,9 @@
 """study/__main__.py: which runs, in which order, at which learning rate."""
 import math
 
+import pytest
+
+from study import __main__ as study
 from study.__main__ import execute_cells
 from study.rows import TUNING_SEEDS
 from study.runs import Cell, Run
@@ -73,3 +76,34 @@ def test_no_cell_gets_more_seeds_than_asked_for_and_a_rate_written_down_stays():
     assert sorted(tested) == [("kto", n, 1e-3) for n in range(1, 6)] + [
         ("ulma", n, 2e-3) for n in range(1, 7)]
     assert {row["method"] for row in rows if row["seed"] in TUNING_SEEDS} == {"ulma"}
+
+
+def test_check_draws_the_same_rows_again_and_names_what_differs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "work_folder", lambda: "runs/other")
+    monkeypatch.setattr("study.runs.work_folder", lambda: str(tmp_path))
+    cells = [shown("hh", "ulma"), shown("shown-16", "dpo", "sft")]
+    rows = [Run(cell, 1e-3, seed).row() | {"E[r]": float(seed), "path": [[0.0, 0.5]]}
+            for cell in cells for seed in (1, 2, 3)] + [{"data": "bounds", "method": "base"}]
+
+    class FakeSchedule:
+        total, executed, wrong = 0, [], False
+
+        def scores(self, runs):
+            self.executed.append(runs)
+            return {run: {"E[r]": run.seed + self.wrong * (run.seed == 2), "path": [[0.0, 0.5]]}
+                    for run in runs}
+
+    schedule = FakeSchedule()
+    study.check(rows, 4, schedule)
+    before, drawn = schedule.executed
+    assert len(drawn) == 4 and {run.cell for run in drawn} == set(cells)
+    assert before == [run.before for run in drawn if run.before]     # SFT, once for every seed
+    assert "all 4 runs have the same numbers again (0 were in" in capsys.readouterr().out
+    study.check(rows, 6, schedule)
+    assert schedule.executed[3][:4] == drawn
+    schedule.wrong = True
+    with pytest.raises(ValueError, match="2 of 6 runs have other numbers now; the base model here"):
+        study.check(rows, 6, schedule)
+    with pytest.raises(ValueError, match="no run to check"):
+        study.check(rows[-1:], 6, schedule)
+    assert capsys.readouterr().out.count("E[r] 2.0, now 3; 1 of 2 scores: E[r]") == 2
