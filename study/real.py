@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--answers", type=int, default=64, help="held-out prompts that every run answers")
     flag("--new_tokens", type=int, default=48, help="longest answer")
     flag("--max_length", type=int, default=192, help="pairs of more tokens are left out")
-    flag("--qa_max_length", type=int, default=1024, help="the same for QA-feedback")
+    flag("--qa_pairs", type=int, default=96, help="--pairs for QA-feedback")
+    flag("--qa_max_length", type=int, default=1024, help="--max_length for QA-feedback")
     flag("--bf16", action="store_true", help="train in bfloat16")
     flag("--out", default="results", help="folder of real.jsonl, real.md and figures")
     flag("--work", default="runs/real", help="folder of data and runs")
@@ -311,7 +312,8 @@ class Study:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_ranges(args, ("pairs", "held_out", "answers", "new_tokens", "max_length"), {})
+    check_ranges(args, ("pairs", "held_out", "answers", "new_tokens", "max_length", "qa_pairs",
+                        "qa_max_length"), {})
     if unknown := sorted(set(args.stages) - set(STAGES)):
         raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     stages = [stage for stage in STAGES if stage in (args.stages or STAGES)]

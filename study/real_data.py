@@ -53,8 +53,10 @@ class Data:
 
     def __init__(self, args: argparse.Namespace, name: str, tokenizer: Tokenizer):
         file = getattr(args, name)
-        self.max_length = args.max_length if name == "hh" else args.qa_max_length
-        settings = {"model": os.path.basename(os.path.abspath(args.model)), "pairs": args.pairs,
+        prefix = "qa_" if name == "qa" else ""
+        pairs = getattr(args, prefix + "pairs")
+        self.max_length = getattr(args, prefix + "max_length")
+        settings = {"model": os.path.basename(os.path.abspath(args.model)), "pairs": pairs,
                     "max_length": self.max_length, "held_out": args.held_out,
                     "answers": args.answers, "new_tokens": args.new_tokens,
                     "precision": "bf16" if args.bf16 else "fp32", "batch": BATCH, "beta": BETA}
@@ -63,7 +65,7 @@ class Data:
         self.settings, self.folder = settings, os.path.join(args.work, settings["id"], name)
         os.makedirs(self.folder, exist_ok=True)
         records, left_out = fitting_pairs(file, tokenizer, self.max_length)
-        parts = split(records, args.pairs)
+        parts = split(records, pairs)
         parts["held-out"] = parts["held-out"][:args.held_out]
         parts["tune"] = parts["tune"][:args.held_out]
         sizes = {part: len(found) for part, found in parts.items()}
@@ -71,7 +73,7 @@ class Data:
               + ", ".join(f"{part} {size}" for part, size in sizes.items()))
         if min(sizes.values()) < 2:
             raise ValueError(f"{file} has too few pairs that fit into {self.max_length} tokens: "
-                             f"{sizes}; lower --pairs")
+                             f"{sizes}; lower --{prefix}pairs")
         for part, found in parts.items():
             if not os.path.isfile(self.file(part)):
                 write_pairs(self.file(part), found)

@@ -1,7 +1,8 @@
 """OUT/real.md, real-samples.md and real.png, made of the lines of OUT/real.jsonl.
 
-A ± over prompts is 1.96 standard errors of one run; where a method was run with several seeds, the
-mean and its 95 % t interval over seeds stand there instead (intervals.seed_interval).
+A ± is the half-width of a 95 % interval. Over prompts it is 1.96 standard errors of a run; where a
+method was run with several seeds, all on the same prompts, the half-width of the t interval over
+seeds (intervals.seed_interval) comes on top, as the square root of the sum of the two squares.
 """
 import itertools
 import json
@@ -44,14 +45,16 @@ found theirs is not refuted. The judge is a reward model of the same size, whose
 beside; its verdicts are no people's. Nothing here says that a model is safe.
 """
 
-EXPLAINED = """
-accuracy: share of held-out pairs whose chosen answer has the larger implicit reward
+EXPLAINED = """accuracy: share of held-out pairs whose chosen answer has the larger implicit reward
 β log π/π_ref. length-balanced: the mean of that share over pairs whose chosen answer is the shorter
 and over those where it is the longer: a rule that looks at length alone gets 0.5. matched: the
 accuracy on pairs whose lengths differ by at most a fifth. perplexity: per token, of held-out chosen
 and rejected answers, and of a page of neutral prose. calibration error: of σ(h) as the probability
 that an answer is a good one, with log Z = 0, in ten bins of equal size; 0.5 said of everything has
 error 0.
+
+± is over held-out prompts and, where there are several, seeds; of perplexities, calibration error,
+length, reward and what follows it over seeds alone.
 
 Own answers are samples at temperature 1, cut at {new_tokens} tokens: `ended` is the share that
 ended before. KL: E[log π/π_ref] on them, nats, up to the cut. reward: the judge's mean; against:
@@ -68,13 +71,29 @@ def number(value: float, half: float | None, digits: int = 3) -> str:
 
 
 def estimate(rows: list[dict], score: str) -> tuple[float, float | None]:
-    """(value, half-width of its 95 % interval): over seeds where there are several, else over
-    prompts where the row has a standard error."""
+    """(mean, half-width of its 95 % interval): over prompts where the rows have a standard error,
+    over seeds where there are several; None where neither is known."""
     values = [row[score] for row in rows]
+    errors = [row[f"{score} se"] for row in rows if f"{score} se" in row]
+    halves = [1.96 * sum(errors) / len(errors)] if errors else []
     if len(values) > 1:
-        return seed_interval(values)
-    error = rows[0].get(f"{score} se")
-    return values[0], None if error is None else 1.96 * error
+        halves.append(seed_interval(values)[1])
+    return sum(values) / len(values), math.hypot(*halves) if halves else None
+
+
+def right_of(row: dict) -> Tensor:
+    """1 or 0 for every measured pair: [P] float64."""
+    return torch.tensor([float(digit) for digit in row["right"]], dtype=torch.float64)
+
+
+def gap(rows: list[dict], others: list[dict]) -> tuple[float, float]:
+    """(difference in accuracy of two methods or rates, half-width of its 95 % interval), on the
+    same pairs and with the same seeds."""
+    of_seed = {row["seed"]: right_of(row) for row in others}
+    gaps = [right_of(row) - of_seed[row["seed"]] for row in rows if row["seed"] in of_seed]
+    over_pairs = 1.96 * standard_error(sum(gaps) / len(gaps))
+    over_seeds = seed_interval([float(one.mean()) for one in gaps])[1] if len(gaps) > 1 else 0.0
+    return float(sum(gaps).mean()) / len(gaps), math.hypot(over_pairs, over_seeds)
 
 
 def shown(rows: list[dict], score: str) -> str:
@@ -111,6 +130,15 @@ def by_method(rows: list[dict], data: str) -> dict[tuple[str, float], list[dict]
     return dict(sorted(found.items(), key=lambda item: item[0][0] != "base"))
 
 
+def most_seeds(methods: dict[tuple[str, float], list[dict]]) -> dict[tuple[str, float], list[dict]]:
+    """Of every method the rate that was run with the most seeds; the first of several."""
+    best = {}
+    for (method, rate), rows in methods.items():
+        if method not in best or len(rows) > len(best[method][1]):
+            best[method] = rate, rows
+    return {(method, rate): rows for method, (rate, rows) in best.items()}
+
+
 # ---- the page -----------------------------------------------------------------------------------
 
 def table(methods: dict[tuple[str, float], list[dict]], scores: tuple[str, ...]) -> list[str]:
@@ -137,11 +165,6 @@ def baselines(base: dict, judge: dict | None) -> str:
     return text + f". Chance is 0.5 ± {error:.3f}."
 
 
-def right_of(row: dict) -> Tensor:
-    """1 or 0 for every held-out pair: [P] float64."""
-    return torch.tensor([float(digit) for digit in row["right"]], dtype=torch.float64)
-
-
 def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[str]:
     """What the intervals say, in sentences: nothing else is claimed."""
     def names(found: list[str]) -> str:
@@ -157,17 +180,21 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
     worse = [name for name, (value, half) in wins.items() if value + half < 0.5]
     forgets = [name for name, rows in trained.items()
                if estimate(rows, "perplexity/neutral")[0] > 1.1 * base["perplexity/neutral"]]
-    by_accuracy = sorted(trained.items(), key=lambda item: accuracy[item[0]][0])
-    (last, low), (first, high) = by_accuracy[0], by_accuracy[-1]
-    gaps = right_of(high[0]) - right_of(low[0])                                  # [P]
-    most = f"{gaps.mean():.3f} ± {1.96 * standard_error(gaps):.3f}"
+    gaps = {(first, second): gap(trained[first], trained[second])
+            for first, second in itertools.combinations(trained, 2)}
+    differ = sum(abs(value) > half for value, half in gaps.values())
+    compared = ["- No two methods to compare."]
+    if gaps:
+        most = max(gaps, key=lambda pair: abs(gaps[pair][0]))
+        compared = [f"- Of {len(gaps)} differences in accuracy between two methods, on the same "
+                    f"pairs, {differ} are beyond their interval, {len(gaps) / 20:.1f} would be by "
+                    f"chance; the largest: {most[0]} - {most[1]} {number(*gaps[most])}."]
     return [f"- Implicit reward better than chance: {names(above)}; worse than chance: "
             f"{names(below)}; better than the shorter answer: {names(length)}.",
             f"- By the judge, answers better than the base's: {names(better)}; worse: "
             f"{names(worse)}.",
             f"- Perplexity of the neutral text up by more than a tenth: {names(forgets)}.",
-            f"- The two methods furthest apart in accuracy, {first} and {last}: {most} on the "
-            "same pairs.",
+            *compared,
             f"- {len(trained)} methods, 95 % intervals, no correction for their number.", ""]
 
 
@@ -193,17 +220,18 @@ def rates_table(rows: list[dict]) -> list[str]:
 
 def rates_compared(tuning: list[dict]) -> str:
     """A sentence: how many pairs of rates of a method differ in accuracy, on the same pairs."""
-    gaps = [right_of(one) - right_of(other) for one, other in itertools.combinations(tuning, 2)
-            if one["method"] == other["method"]]                                # [P] each
-    beyond = sum(abs(float(gap.mean())) > 1.96 * standard_error(gap) for gap in gaps)
+    gaps = [gap([one], [other]) for one, other in itertools.combinations(tuning, 2)
+            if one["method"] == other["method"]]
+    beyond = sum(abs(value) > half for value, half in gaps)
     return fill("Compared on the same pairs, the accuracies of two rates of a method differ by more "
                 f"than 1.96 standard errors in {beyond} of {len(gaps)} cases; in "
                 f"{len(gaps) / 20:.1f} they would if no rate mattered.", 100)
 
 
-def command(settings: dict) -> str:
+def command(settings: dict, data: str) -> str:
     """The command of rows with these settings, but for the files."""
-    flags = [f"--{flag} {settings[flag]}" for flag in
+    flags = [f"--{'qa_' * (data == 'qa' and flag in ('pairs', 'max_length'))}{flag} "
+             f"{settings[flag]}" for flag in
              ("pairs", "held_out", "answers", "new_tokens", "max_length")]
     return " ".join(["python -m study.real", *flags, *["--bf16"] * (
         settings["precision"] == "bf16")])
@@ -216,6 +244,8 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
     devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
     for data in dict.fromkeys(row["data"] for row in rows):
         methods = by_method(rows, data)
+        main = most_seeds(methods)
+        others = {key: methods[key] for key in methods if key not in main}
         base = methods.get(("base", 0), [None])[0]
         if base is None or len(methods) < 2:
             continue
@@ -228,11 +258,13 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
                   f"{settings['max_length']} tokens and are kept; "
                   f"{settings['batch']} pairs a step, β {settings['beta']}, LoRA r 8 on all linear "
                   f"layers, one epoch; measured in float32. torch {rows[0]['torch']}, "
-                  f"{devices}; {minutes:.0f} minutes in all:\n\n    {command(settings)}\n",
-                  baselines(base, judge), "", *findings(methods, base),
+                  f"{devices}; {minutes:.0f} minutes in all:\n\n    {command(settings, data)}\n",
+                  baselines(base, judge), "", *findings(main, base),
                   *rates_table([row for row in rows if row["data"] == data]),
-                  *table(methods, PAIR_SCORES), *table(methods, ANSWER_SCORES),
-                  EXPLAINED.format(**settings).strip(), ""]
+                  *table(main, PAIR_SCORES), *table(main, ANSWER_SCORES)]
+        if others:
+            lines += ["The same methods at another rate:\n", *table(others, PAIR_SCORES),
+                      *table(others, ANSWER_SCORES)]
     if figure:
         lines += [f"![Held-out accuracy, win rate against the base, perplexities, calibration]"
                   f"({figure})\n"]
@@ -265,7 +297,9 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
     text = [START]
     for place, group in enumerate(groups.values()):
         text += section(group, draw(out, group, "real.png" if not place else f"real-{place}.png"))
-    answered = [row for row in rows if row["seed"] == 1 and row.get("mild")]
+    text.append(EXPLAINED.format(**rows[0]["settings"]))
+    answered = [row for found in most_seeds(by_method(rows, "hh")).values() for row in found
+                if row["seed"] == 1]
     if answered:
         write_samples(out, answered)
         text.append("[Answers to mild prompts, before and after](real-samples.md)\n")
@@ -278,7 +312,7 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
 
 def draw(out: str, rows: list[dict], file: str) -> str | None:
     """The figure of HH's rows; returns its file name, None without rows or matplotlib."""
-    methods = by_method(rows, "hh")
+    methods = most_seeds(by_method(rows, "hh"))
     if len(methods) < 2 or ("base", 0) not in methods or not (plt := pyplot()):
         return None
     base = methods.pop(("base", 0))[0]

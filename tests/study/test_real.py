@@ -107,10 +107,43 @@ def test_seeds_take_the_rate_with_the_best_accuracy_once_all_are_run():
 def test_two_rates_are_compared_pair_by_pair():
     # 16 pairs: the second rate is right on all where the first is right on half, 8 of 16: 0.5 with
     # a standard error of 0.129. The third is right on one more than the first; b has one rate.
-    rows = [{"method": method, "right": right} for method, right in (
+    rows = [{"method": method, "seed": 0, "right": right} for method, right in (
         ("a", "01" * 8), ("a", "1" * 16), ("a", "11" + "01" * 7), ("b", "0" * 16))]
     assert "in 2 of 3 cases; in 0.1 they would" in " ".join(
         real_report.rates_compared(rows).split())
+
+
+def test_intervals_add_prompts_and_seeds():
+    # Over prompts 1.96 · 0.03; over seeds t(2) = 4.303 times s / sqrt(3), s = 0.02 here.
+    rows = [{"accuracy": value, "accuracy se": 0.03, "KL": value} for value in (0.58, 0.6, 0.62)]
+    over_seeds = 4.303 * 0.02 / 3 ** 0.5
+    assert real_report.estimate(rows, "accuracy") == pytest.approx(
+        (0.6, ((1.96 * 0.03) ** 2 + over_seeds ** 2) ** 0.5), abs=1e-5)
+    assert real_report.estimate(rows, "KL") == pytest.approx((0.6, over_seeds), abs=1e-5)
+    assert real_report.estimate(rows[:1], "accuracy") == pytest.approx((0.58, 1.96 * 0.03))
+    assert real_report.estimate(rows[:1], "KL") == (0.58, None)
+
+
+def test_two_methods_are_compared_seed_by_seed_on_the_same_pairs():
+    # Seed 1: better on 2 of 4 pairs, seed 2: on 1 of 4; seed 3 has no partner. Of every pair the
+    # mean over seeds is 1, 1/2, 0, 0.
+    better = [{"seed": 1, "right": "1100"}, {"seed": 2, "right": "1000"},
+              {"seed": 3, "right": "1111"}]
+    worse = [{"seed": 2, "right": "0000"}, {"seed": 1, "right": "0000"}]
+    mean, half = real_report.gap(better, worse)
+    over_pairs = 1.96 * float(torch.tensor([1, 0.5, 0, 0]).std()) / 2
+    over_seeds = 12.706 * float(torch.tensor([0.5, 0.25]).std()) / 2 ** 0.5
+    assert mean == 0.375 and half == pytest.approx(math.hypot(over_pairs, over_seeds), abs=1e-4)
+    assert real_report.gap(better[:1], worse)[1] == pytest.approx(
+        1.96 * float(torch.tensor([1, 1, 0, 0.]).std()) / 2)
+
+
+def test_the_rate_with_the_most_seeds_stands_for_a_method():
+    one, three = [{"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}]
+    methods = {("base", 0): one, ("dpo", 3e-4): one, ("dpo", 1e-3): three, ("ulma", 1e-4): one,
+               ("ulma", 3e-4): one}
+    assert real_report.most_seeds(methods) == {
+        ("base", 0): one, ("dpo", 1e-3): three, ("ulma", 1e-4): one}
 
 
 # ---- the whole of it ----------------------------------------------------------------------------
@@ -159,6 +192,18 @@ def test_a_whole_study_goes_on_where_it_was_stopped(tiny_study, tmp_path):
     page = (tmp_path / "out/real.md").read_text()
     assert tiny_study("--report")[1].count("====") == 0
     assert (tmp_path / "out/real.md").read_text() == page
+
+
+def test_qa_feedback_has_sizes_of_its_own(tiny_study, tmp_path, pairs_file):
+    qa = ("--qa", pairs_file, "--qa_max_length", 150, "--qa_pairs")
+    with pytest.raises(ValueError, match="too few pairs that fit into 150 tokens: .*--qa_pairs"):
+        tiny_study("qa", *qa, 1000)
+    rows, _ = tiny_study("qa", *qa, 8)
+    assert [(row["data"], row["method"]) for row in rows] == [
+        ("qa", "reward_model"), ("qa", "base"), ("qa", "dpo")]
+    page = (tmp_path / "out/real.md").read_text()
+    assert "## QA-feedback, 8 pairs a run" in page and page.count("accuracy: share of") == 1
+    assert "--qa_pairs 8 --held_out 32 --answers 4 --new_tokens 4 --qa_max_length 150" in page
 
 
 @pytest.mark.parametrize("argv, words", [
