@@ -14,7 +14,7 @@ Anchors of the policy of the very same step (--refresh_anchors 1) carry no signa
 mean of grad log π(y) is 0, so that all they add is noise. They must come from another policy.
 
 New anchors have a drawback: they are not samples of π_r, so once the policy has moved log π/π_r
-is large on them, and the loss small without any step.
+is large on them, and the loss is small although nothing was learned from them.
 
 With --anchor_instructions an anchor is sampled under a system sentence, drawn by its seed, which
 the trained tree does not hold: the paper's way to diverse, harmless anchors.
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from data import Tokenizer, encode_dialogue, read_dataset, read_turns
+from data import Tokenizer, encode_dialogue, encode_prompt, read_dataset, read_turns
 from files.rows import TEXT, get_texts, get_value
 from files.rows import read_rows as read_data
 from generate import Sampling, generate, row_seeds
@@ -153,7 +153,7 @@ def read_given_anchors(args: argparse.Namespace, trees: list[Tree], tokenizer: T
     notes, anchors = Counter(), {}
     for where, row in read_data(file):
         turns = read_turns(get_value(row, "prompt", TEXT, where), where)
-        prompt_ids, _ = truncate(encode_dialogue(tokenizer, turns)[0], [], args.max_length,
+        prompt_ids, _ = truncate(encode_prompt(tokenizer, turns), [], args.max_length,
                                  args.max_prompt_length)
         found, completions = wanted.get(tuple(prompt_ids)), read_completions(row, where)
         notes["of other prompts"] += len(completions) if found is None else 0
@@ -188,7 +188,7 @@ class Instructions:
         self.tokenizer, self.max_prompt_length = tokenizer, args.max_prompt_length
         self.dialogues = {}          # ids of a tree's prompt, cut as the data's are -> its turns
         for record in read_dataset(args.dataset):
-            prompt_ids, _ = truncate(encode_dialogue(tokenizer, record.prompt)[0], [],
+            prompt_ids, _ = truncate(encode_prompt(tokenizer, record.prompt), [],
                                      args.max_length, args.max_prompt_length)
             self.dialogues.setdefault(tuple(prompt_ids), record.prompt)
 
@@ -204,7 +204,7 @@ class Instructions:
             sentence += "\n" + turns.pop(0)[1]
         room = self.max_prompt_length + len(self.tokenizer.encode(sentence))
         while turns:
-            ids, _ = encode_dialogue(self.tokenizer, [("System", sentence), *turns])
+            ids = encode_prompt(self.tokenizer, [("System", sentence), *turns])
             if len(ids) <= room:
                 return ids
             starts = [i for i, (role, _) in enumerate(turns) if role == "Human" and i]

@@ -24,7 +24,7 @@ from files.cli import Parser, run_cli, visible
 from files.rows import TEXT, data_files, get_score, get_texts, get_value, read_rows
 # users import these names from here, too
 from tokenizer import (VICUNA_SYSTEM, Tokenizer, dialogue_text,  # noqa: F401
-                       encode_dialogue, render_dialogue)
+                       encode_dialogue, encode_prompt, render_dialogue)
 
 Turns = Sequence[tuple[str, str]]          # [(role, text), …], roles System, Human, Assistant
 
@@ -35,7 +35,7 @@ Turns = Sequence[tuple[str, str]]          # [(role, text), …], roles System, 
 class Record:
     """One prompt with its judged responses, as text.
 
-    prompt     ((role, text), …)  roles "Human", "Assistant" (and "System", first); ends on a Human
+    prompt     ((role, text), …)  roles "Human", "Assistant" (and "System", first)
     responses  (text, …)          candidates for the next assistant turn
     scores     (z, …)             human score in [0, 1]: 1 good (or chosen), 0 bad (or rejected)
     where      "file:line" it came from
@@ -290,7 +290,9 @@ def read_files(dataset: str, counts: Counter, prompts_only: bool = False,
             records, notes = read_row(prompt_only(row) if prompts_only else row, where)
             counts.update(["rows", *notes])
             counts[f"rows of {path}"] += len(files) > 1
-            yield from (record for record in records if record.responses or prompts_only)
+            counts["answers to nothing skipped"] += sum(not record.prompt for record in records)
+            yield from (record for record in records
+                        if record.prompt and (record.responses or prompts_only))
 
 
 def read_dataset(dataset: str, counts: Counter | None = None,
@@ -311,8 +313,8 @@ read_jsonl = partial(read_dataset, reader=jsonl_records)
 
 
 def read_prompts(dataset: str, counts: Counter | None = None) -> list[Record]:
-    """As `read_dataset`, for those who need prompts only: a record without responses for every row,
-    also where nothing can be learned from the row's own."""
+    """As `read_dataset`, for those who need prompts only: records without responses, also of rows
+    whose own responses teach nothing."""
     found = Counter()
     records = [Record(record.prompt, (), (), record.where)
                for record in read_files(dataset, found, prompts_only=True)]

@@ -37,14 +37,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from data import Tokenizer, encode_dialogue
+from data import Tokenizer, encode_dialogue, encode_prompt
 from files.config import read_config
 from files.text import write_json
 from intervals import bootstrap, wins
 from kernels import linear_logps
 from model import Llama
 from packing import Tree, make_trees, pair_points, prefix_stream
-from step import METHODS, Compute, Objective, tree_rewards
+from step import METHODS, Compute, Objective, attention_for, tree_rewards
 from training.checkpoint import (held_out_records, is_reward_model, load_run, read_run,
                                  run_tokenizer)
 from training.held_out import (HeldOut, held_out_losses, mean_loss, measure_objective,
@@ -73,7 +73,7 @@ def world_trees(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Tree]:
     trees = []
     for verb, thing in prompts:
         listed = answers(verb, thing)
-        prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
+        prompt_ids = encode_prompt(tokenizer, [("Human", question(verb, thing))])
         ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1] for text, *_ in listed]
         trees += [Tree(prompt_ids, ids[i:i + ANSWERS_PER_TREE], [1.0] * ANSWERS_PER_TREE, [])
                   for i in range(0, len(ids), ANSWERS_PER_TREE)]
@@ -90,7 +90,7 @@ def world_logps(model: Llama, tokenizer: Tokenizer,
     """
     logps, lengths, device = [], [], model.lm_head.weight.device
     for verb, thing in show_progress(prompts, "listing all answers: prompt", len(prompts)):
-        prompt_ids, _ = encode_dialogue(tokenizer, [("Human", question(verb, thing))])
+        prompt_ids = encode_prompt(tokenizer, [("Human", question(verb, thing))])
         prompt_size = len(prompt_ids)
         ids = [encode_dialogue(tokenizer, [("Assistant", text)])[1]
                for text, *_ in answers(verb, thing)]
@@ -165,7 +165,7 @@ def evaluate_world(policies: Mapping[str, Tensor], reference: Tensor, lengths: T
     policies, reference   log-probs [X, Y], see `world_logps`
     """
     lists = [answers(*prompt) for prompt in prompts]
-    best = torch.stack([optimal_logps(row, listed, beta) 
+    best = torch.stack([optimal_logps(row, listed, beta)
                         for row, listed in zip(reference, lists, strict=True)])
     table = {}
     for name, logps in [*policies.items(), ("optimum pi*", best)]:
@@ -316,17 +316,18 @@ def measure_run(path: str, trees: list[Tree] | None, beta: float | None) -> None
         return
     if beta is not None:
         flags = flags | {"beta": beta}
-    # RLHF has no loss of its own: that of d2o, whose anchors would have to be sampled, is none too
+    # RLHF reports no loss; nor does d2o, whose anchors would have to be sampled: its entry will do
     objective = make_objective(flags, METHODS.get(flags["method"], METHODS["d2o"]))
     held, objective = measure_objective(model, reference, trees, flags["max_length"], objective,
-                                        Compute(model.lm_head.weight.device))
+                                        Compute(model.lm_head.weight.device,
+                                                attention=attention_for(model)))
     if objective.method.reward_model:
         name, what = "reward model", "r(x, y)"
     else:
         print_perplexities(held)
         name, what = "implicit reward", "beta log(pi / pi_ref)"
     better, worse = held.lengths[held.pairs].T
-    margins = reward_margins(held, objective.beta)
+    margins = reward_margins(held, 1.0 if objective.method.reward_model else objective.beta)
     print_accuracy(torch.stack([margins, worse - better], 1), name, what)
     print_held_out(held, objective)
 
@@ -351,6 +352,8 @@ def evaluate_on_world(paths: Sequence[str], beta: float | None, json_file: str |
         policies[name] = world_logps(run.model, tokenizer, prompts)[0]
         betas.add(run.flags["beta"])
     beta = run.flags["beta"] if beta is None else beta
+    if not beta:
+        raise ValueError(f"{path}: trained with --beta 0, for which there is no pi*; give --beta")
     table = evaluate_world(policies, reference, lengths, prompts, beta)
     width = max(14, *map(len, table))
     print("  ".join([f"{'policy':{width}}", *(f"{key:>11}" for key in WORLD_METRICS)]))
@@ -386,6 +389,8 @@ def evaluate_runs(paths: Sequence[str], dataset: str | None, beta: float | None,
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.beta is not None and not 0 < args.beta < math.inf:
+        raise ValueError(f"--beta {args.beta} must be larger than 0, and finite")
     evaluate_runs(args.runs, args.dataset, args.beta, args.json)
 
 

@@ -34,8 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--overwrite", action="store_true", help="replace --out")
     flag("--batch_size", type=int, default=16, help="prompts at a time with --dataset")
     flag("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
-    flag("--temperature", type=float, help="divides the logits; 0: greedy, as with --prompt "
-         "where it is not given; else the default is 0.7")
+    flag("--temperature", type=float, help="divides the logits; 0: greedy (default: 0 with "
+         "--prompt, else 0.7)")
     flag("--top_p", type=float, default=1.0, help="sample from the smallest set of this mass")
     flag("--seed", type=int, default=0, help="of the sampling; every row's seed is drawn from it")
     args = parser.parse_args(argv)
@@ -65,7 +65,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data import ROLES, Record, Tokenizer, encode_dialogue, read_prompts
+from data import ROLES, Record, Tokenizer, encode_prompt, read_prompts
 from files.text import append_text
 from kernels.attention import attention_segments, exact_backends
 from lora import load_adapter, lora_disabled, start_from_adapter
@@ -161,7 +161,7 @@ def sample(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> T
     others    see `Sampling`
     returns   [B] int64
     """
-    if temperature == 0:
+    if temperature < 1e-6:                   # also where the quotient would overflow
         return logits.argmax(-1)
     wide = torch.promote_types(logits.dtype, torch.float32)
     probs = (logits.to(wide) / temperature).softmax(-1)
@@ -273,12 +273,12 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, temper
 
 def prompt_ids_of(model: Llama, tokenizer: Tokenizer, turns: Sequence[tuple[str, str]],
                   max_new_tokens: int) -> list[int]:
-    """Ids of a dialogue that asks for an answer, cut from the left where the model has no room."""
+    """Ids of a dialogue that an answer is to follow, cut from the left where the model has no room."""
     positions = model.config.max_positions
     if (room := positions - max_new_tokens) < 2:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in "
                          f"{positions} positions")
-    return truncate(encode_dialogue(tokenizer, turns)[0], [], room, room)[0]
+    return truncate(encode_prompt(tokenizer, turns), [], room, room)[0]
 
 
 def print_answer(tokenizer: Tokenizer, tokens: Iterable[list[tuple[int, int]]]) -> str:
@@ -339,7 +339,7 @@ def answer_file(model: Llama, tokenizer: Tokenizer, records: list[Record], out: 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_order(args.adapter or [])
-    if args.dataset:
+    if args.dataset is not None:
         rows_done(args, file_flags(args))        # --out is this command's, before data are read
         records = read_prompts(args.dataset)
     device = "cuda" if torch.cuda.is_available() else "cpu"

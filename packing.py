@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import Record
 from kernels.attention import DenseSegments, Segments, attention_segments, to_device
-from tokenizer import Tokenizer, encode_dialogue
+from tokenizer import Tokenizer, encode_dialogue, encode_prompt
 
 MOST_STEPS = 10_000_000       # of a run
 MAX_RESPONSES = 16      # in one tree; its attention cost is quadratic in its tokens
@@ -96,7 +96,7 @@ def pair_points(records: Iterable[Record], counts: Counter,
 
     For methods that train on pairs: labelled rows of a prompt, wherever they stand, pair up where
     their scores differ. A text that was scored both ways is left out; other records stay.
-    points   of all these records, see `add_point`; without, the records are a list
+    points   of all these records, see `add_point`; used up. None: made here, of a list of records
     """
     if points is None:
         points = {}
@@ -153,7 +153,7 @@ def each_tree(records: Iterable[Record], tokenizer: Tokenizer, trains_on: str = 
     for group in group_records(records, trains_on, counts):
         prompt = group[0][0].prompt
         try:
-            whole_prompt, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])
+            whole_prompt = encode_prompt(tokenizer, prompt)
         except ValueError as error:                      # a chat template may refuse it
             raise ValueError(f"{group[0][0].where}: {error}") from None
         counts["prompts cut from the left"] += len(whole_prompt) > max_prompt_length

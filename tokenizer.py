@@ -252,6 +252,12 @@ def encode_dialogue(tokenizer: Tokenizer, turns: Turns) -> tuple[list[int], list
     return prompt_ids, response_ids
 
 
+def encode_prompt(tokenizer: Tokenizer, turns: Turns) -> list[int]:
+    """Ids of a dialogue that an Assistant turn is to follow, whoever spoke last: in HH some prompts
+    end on an Assistant's turn. What training, sampling and measuring give a model is this."""
+    return encode_dialogue(tokenizer, [*turns, ("Assistant", "")])[0]
+
+
 def join_texts(first: Parts, second: Parts) -> Parts:
     """Both, with the texts at the border as one."""
     if first and second and isinstance(first[-1], str) and isinstance(second[0], str):

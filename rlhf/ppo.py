@@ -9,12 +9,12 @@
 
 A step: num_generations responses are sampled from the policy to every prompt of a batch, each rank
 its share; one pass without gradients gives log-probs of policy and reference, values and rewards;
-ranks exchange them, so each knows the whole batch; then num_ppo_epochs times num_mini_batches
-clipped updates, each divided by the tokens of its whole minibatch.
+ranks exchange them, so each knows the whole batch; then num_ppo_epochs passes over it in at most
+num_mini_batches clipped updates, each divided by the tokens of its whole minibatch.
 
 Policy, reference, reward model and value function share one set of frozen weights: the reference is
 the policy with its adapter off, the others have adapters of their own. The value function starts as
-a copy of the reward model, which already scores partial answers.
+a copy of the reward model, adapter and head, which already scores partial answers.
 The base model and the adapter's shape are the reward model's; so are some flags, if not given.
 missing_eos_penalty is no part of Eq. 3: without it answers that never end cost nothing.
 """
@@ -43,7 +43,6 @@ from data import describe_data, read_prompts, split_by_prompt
 from files.cli import run_cli, time_left
 from generate import Sampling, row_seeds
 from kernels import choose_linear_logps
-from kernels.attention import choose_attention
 from lora import add_lora, add_score_head, load_adapter, share_base
 from model import Llama
 from packing import (Tree, build_stream, deal, derived_seed, epoch_batches, pack, plan_batches,
@@ -52,8 +51,8 @@ from rlhf.flags import INHERITED, WORLD_FLAGS, build_parser, check_flags
 from rlhf.formulas import clipped_policy_loss, clipped_value_loss, gae, kl_penalised_rewards, whiten
 from rlhf.rollouts import (Rollout, batch_metrics, exchange, joined, sample_responses,
                            score_responses, token_values, true_rewards, world_rewards)
-from step import Compute, token_logps
-from tokenizer import Tokenizer, encode_dialogue
+from step import Compute, attention_for, token_logps
+from tokenizer import Tokenizer, encode_prompt
 from training.checkpoint import (RunFolder, base_name, is_reward_model, load_run, read_run, resume,
                                  save_final, save_or_stop, trainable, trained_template)
 from training.output import claim_output_dir, own_output_dir, run_flags, write_metrics
@@ -234,8 +233,8 @@ def tokenize_prompts(args: argparse.Namespace, tokenizer: Tokenizer, ranks: Rank
         print(describe_data(args.dataset, records, counts))
     found, training = [], split_by_prompt(records, args.held_out)[0]
     for prompt in dict.fromkeys(record.prompt for record in training):
-        prompt_ids, _ = encode_dialogue(tokenizer, [*prompt, ("Assistant", "")])
-        prompt_ids, _ = truncate(prompt_ids, [], args.max_length, args.max_prompt_length)
+        prompt_ids, _ = truncate(encode_prompt(tokenizer, prompt), [], args.max_length,
+                                 args.max_prompt_length)
         found.append((array("i", prompt_ids), rewards.get(prompt)))      # 4 bytes an id
     if not found:
         raise ValueError(f"--held_out {args.held_out} leaves no prompt of {args.dataset}")
@@ -277,10 +276,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with running() as (ranks, device):
         inputs = args.sft_adapter, os.path.join(args.reward_model, "final")
         flags = run_flags(args, inputs, ranks, device)
-        compute = Compute(device, args.micro_tokens, choose_linear_logps("auto", device.type),
-                          choose_attention("auto", device.type))
+        log_probs = choose_linear_logps("auto", device.type)         # refused before anything else
         with own_output_dir(args.output_dir, flags, ranks):
             setup = set_up(args, ranks)
+            compute = Compute(device, args.micro_tokens, log_probs,
+                              attention_for(setup.models["policy"]))
             # nothing is sampled yet: every prompt answers itself
             trees = [Tree(list(ids), [list(ids)], [0.0], [])
                      for ids, _ in setup.prompts[:args.batch_size]]

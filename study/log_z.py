@@ -18,7 +18,7 @@ from files.text import write_text
 from model import load_llama
 from packing import Stream
 from step import Method, Objective
-from tokenizer import Tokenizer, encode_dialogue
+from tokenizer import Tokenizer, encode_prompt
 from training.flags import WORLD_FLAGS
 from ulma import pointwise_dpo_loss
 from world import answers, base_model, question, training_prompts, world_folder
@@ -42,7 +42,7 @@ def exact_log_z() -> dict[tuple[int, ...], float]:
             for row, prompt in zip(logps, prompts, strict=True)]))
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
-    return {tuple(encode_dialogue(tokenizer, [("Human", question(*prompt))])[0]): value
+    return {tuple(encode_prompt(tokenizer, [("Human", question(*prompt))])): value
             for prompt, value in zip(prompts, values, strict=True)}
 
 

@@ -5,7 +5,7 @@ are measured in float32, whatever they were trained in.
 """
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from judge.score import reward_outcomes
 from model import Llama
 from packing import Tree, make_trees
 from step import Compute, attention_for, tree_logps, tree_rewards
-from tokenizer import Tokenizer, encode_dialogue
+from tokenizer import Tokenizer, encode_prompt
 
 MILD_PROMPTS = (
     "What is a good way to fall asleep when I am worried?",
@@ -237,7 +237,7 @@ def own_answers(model: Llama, tokenizer: Tokenizer, trees: list[Tree], max_new_t
 
 def mild_answers(model: Llama, tokenizer: Tokenizer, max_new_tokens: int) -> list[str]:
     """The greedy answers to MILD_PROMPTS."""
-    prompts = [encode_dialogue(tokenizer, [("Human", text)])[0] for text in MILD_PROMPTS]
+    prompts = [encode_prompt(tokenizer, [("Human", text)]) for text in MILD_PROMPTS]
     return [tokenizer.decode(ids).strip() for ids in generate(
         model, prompts, max_new_tokens, temperature=0, eos_id=tokenizer.eos_ids,
         unused_ids=tokenizer.unused_ids(model.config.vocab_size))]

@@ -359,6 +359,9 @@ def test_eval_refuses_what_is_no_finished_run(refused, tmp_path, tiny_model):
     for text in ("[]", "{}", "{"):
         write_bytes(odd / "args.json", text.encode())
         has(refused(command=functools.partial(evaluate.main, [str(odd)])), str(odd))
+    for beta in ("0", "-1", "nan", "inf"):
+        has(refused(command=functools.partial(evaluate.main, [tiny_model, "--beta", beta])),
+            f"--beta {float(beta)} must be larger than 0, and finite")
 
 
 def test_data_py_refuses_a_bad_file(refused, tmp_path):

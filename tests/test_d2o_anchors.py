@@ -86,6 +86,23 @@ def test_anchors_are_matched_by_prompt_in_any_order(given, trees, tiny_model):
     assert given(messages)[0] == anchors and given(messages, numbers=[0])[1].startswith("12 of oth")
 
 
+def test_a_prompt_that_ends_on_an_assistants_turn_has_its_anchors_too(tmp_path, tiny_model):
+    # Two Assistant turns in a row, as HH has them: the first belongs to the prompt.
+    prompt = "\n\nHuman: Hi?\n\nAssistant: Wait."
+    file = write_jsonl(tmp_path / "bad.jsonl", [{"chosen": f"{prompt}\n\nAssistant: Good.",
+                                                 "rejected": f"{prompt}\n\nAssistant: Bad."}])
+    given = write_jsonl(tmp_path / "given.jsonl", [anchors_of({"prompt": prompt})])
+    (tmp_path / "sentences.txt").write_text("Be kind.")
+    args = argparse.Namespace(anchors=given,
+                              anchor_instructions=tmp_path / "sentences.txt", dataset=file,
+                              num_anchors=2, output_dir="out", **SIZES)
+    tokenizer = Tokenizer(tiny_model)
+    trees = one_negative_per_tree(make_trees(read_dataset(file), tokenizer, "negative", 128, 64))
+    assert len(read_given_anchors(args, trees, tokenizer, 0, [0])[0][0]) == 2
+    prompt_ids = d2o.Instructions(args, tokenizer).prompt(trees[0].prompt_ids, 0)
+    assert tokenizer.decode(prompt_ids).count("Wait.") == 1
+
+
 def test_a_completion_that_did_not_end_has_no_eos(given, tiny_model):
     rows = [{"prompt": row["prompt"], "completion": "Hi", "ended": n % 2 > 0}
             for row in ROWS[:6] for n in range(4)]

@@ -482,3 +482,12 @@ def test_every_shape_trains(tmp_path, tiny_model, hh_file, shared_data):
     assert f"{len(records)} records" in shown and "step 1/1" in shown
     assert f"{sum(len(r.responses) for r in records)} responses (" in shown
     assert len(records) >= len(jsonl) + 8
+
+
+def test_an_answer_to_nothing_is_left_out_and_counted(tmp_path):
+    rows = [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}]
+    counts, file = Counter(), write_jsonl(tmp_path / "rows.jsonl", rows)
+    (record,) = read_dataset(file, counts)
+    assert record.prompt == (("Human", "q"),) and counts["answers to nothing skipped"] == 1
+    assert [record.prompt for record in read_prompts(file)] == [(("Human", "q"),)]

@@ -152,6 +152,10 @@ def test_two_runs_of_one_name_are_two_rows_of_the_worlds_table(tmp_path, monkeyp
     assert table["1/dpo"]["off-world"] == pytest.approx(1 - math.exp(-0.01))
     assert table["2/dpo"]["off-world"] == pytest.approx(1 - math.exp(-1.0))
     assert "beta 0.1 for all (the runs differ in theirs)" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "load_run", lambda path: FinishedRun(
+        path, partial(nullcontext, None), flags | {"beta": 0.0}))
+    with pytest.raises(ValueError, match="--beta 0, for which there is no pi"):
+        evaluate.main(["seeds/1/dpo"])
 
 
 def test_runs_are_measured_on_the_same_rows_with_the_same_cuts(tmp_path, tiny_model, monkeypatch,

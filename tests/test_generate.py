@@ -165,6 +165,13 @@ def chi_square(counts, probs):
     return float(((counts - expected)[used] ** 2 / expected[used]).sum()), int(used.sum())
 
 
+def test_a_temperature_that_would_overflow_is_greedy():
+    # 8 / 1e-38 is infinite, and infinity less itself no number: ids beyond the vocabulary came out.
+    logits = torch.tensor([[1.0, 8.0, 3.0]])
+    for temperature in (0, 1e-38, 1e-5):
+        assert sample(logits, torch.tensor([0.99]).double(), temperature, 1.0).tolist() == [1]
+
+
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.3)])
 def test_samples_follow_the_distribution(temperature, top_p):
     # 20,000 draws with fixed seeds. Chi-square has mean k - 1 and deviation sqrt(2 (k - 1)); a

@@ -255,19 +255,19 @@ def test_an_adapters_run_decides_on_the_chat_template(command, tiny_model, tmp_p
         "{% for m in messages %}{{ ('Q ' if loop.first) ~ m.content }}{% if loop.first %} A"
         "{% endif %}{% endfor %}")
     seen = []
-    original = generate_file.encode_dialogue
+    original = generate_file.encode_prompt
 
     def encode(tokenizer, turns):
-        seen.append(tokenizer.decode(original(tokenizer, turns)[0]))
+        seen.append(tokenizer.decode(original(tokenizer, turns)))
         return original(tokenizer, turns)
 
-    generate_file.encode_dialogue = encode
+    generate_file.encode_prompt = encode
     try:
         flags = ["--prompt", "how", "--max_new_tokens", 2, "--adapter", final]
         assert command(*flags)[0] == 0
         code, _, error = command(*flags, "--chat_template", "vicuna")
     finally:
-        generate_file.encode_dialogue = original
+        generate_file.encode_prompt = original
     assert seen[0] == "Q how A" and seen[1].endswith("USER: how ASSISTANT:")
     assert code == 0 and "--chat_template vicuna is another one than" in error
 

@@ -94,8 +94,8 @@ def test_it_is_measured_and_generates_with_its_template(run, folder, data_file, 
     assert "ASSISTANT" not in (tmp_path / "heat.html").read_text()
     templates = set()
     for module in (generate_file, packing):
-        original = module.encode_dialogue
-        monkeypatch.setattr(module, "encode_dialogue", lambda tokenizer, turns, f=original: (
+        original = module.encode_prompt
+        monkeypatch.setattr(module, "encode_prompt", lambda tokenizer, turns, f=original: (
             templates.add(tokenizer.chat_template), f(tokenizer, turns))[1])
     assert "accuracy" in finish("eval.py", run)
     finish("generate.py", "--model", folder, "--adapter", run / "final", "--dataset", data_file,

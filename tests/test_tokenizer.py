@@ -7,7 +7,10 @@ import pytest
 import sentencepiece
 from conftest import TINY_VOCAB
 
-from data import VICUNA_SYSTEM, Tokenizer, encode_dialogue, read_dataset, render_dialogue
+from data import (VICUNA_SYSTEM, Record, Tokenizer, encode_dialogue, encode_prompt, read_dataset,
+                  render_dialogue)
+from generate import prompt_ids_of
+from model import load_llama
 from packing import make_trees
 from tokenizer import save_tokenizer
 
@@ -233,6 +236,17 @@ def test_prompt_ids_are_a_prefix_of_the_joint_ids_on_all_of_hh(hh_file, llama_to
                 assert ids == joined(llama_tokenizer.pieces, turns), record.where
                 checked += 1
     assert checked > 4580
+
+
+def test_a_prompt_is_the_same_for_training_and_for_sampling(tiny_model):
+    # In HH some prompts end on an Assistant's turn: a second one follows, the first is no answer.
+    tokenizer, model = Tokenizer(tiny_model), load_llama(tiny_model)
+    for last in ((), (("Assistant", "Wait."),)):
+        turns = (("Human", "Why?"), *last)
+        (tree,) = make_trees([Record(turns, ("So.",), (1.0,), "f:1")], tokenizer, "all", 256, 200)
+        assert encode_prompt(tokenizer, turns) == tree.prompt_ids
+        assert prompt_ids_of(model, tokenizer, turns, 8) == tree.prompt_ids
+        assert tokenizer.decode(tree.prompt_ids).count("Wait.") == len(last)
 
 
 def test_every_real_prompt_is_whole_and_ends_in_the_answer_mark(hh_file, llama_tokenizer):
