@@ -35,8 +35,8 @@ PREFIX = "base_model.model."        # PEFT wraps the model twice
 PATTERN_SECONDS = 2.0               # for a regular expression that names layers
 MAX_R = 2 ** 16                     # a larger rank is a mistake, and exhausts the memory
 
-# Keys of adapter_config.json that change no number beside those read here, and keys accepted with
-# these values only (other initialisations, such as PiSSA's, change the base model's weights).
+# Keys of adapter_config.json that are read below or change no number, and keys accepted with these
+# values only (other initialisations, such as PiSSA's, change the base model's weights).
 IGNORED_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha",
                 "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
                 "revision", "target_modules", "task_type"}
@@ -44,8 +44,19 @@ ACCEPTED_VALUES = {"peft_type": ("LORA",), "bias": ("none",),
                    "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
-class AdaptedLinear(Linear):
-    """A linear layer with updates that belong to the base model: never trained, saved or off.
+class WithUpdates(nn.Module):
+    """A layer whose `updates` move with it: `.to(device)` and `.float()` reach them too."""
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.updates = tuple((fn(lora_A), fn(lora_B), scaling)
+                             for lora_A, lora_B, scaling in self.updates)
+        return self
+
+
+class AdaptedLinear(WithUpdates, Linear):
+    """A linear layer with updates that belong to the base model: never trained, saved or switched
+    off.
 
     updates   ((lora_A, lora_B, scaling), …)   added unmerged: exact, whatever the weights' dtype
     """
@@ -58,7 +69,7 @@ class AdaptedLinear(Linear):
         return lora_linear(x, self.weight, self.updates)                         # [T, out]
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(WithUpdates):
     """A frozen linear layer with a low-rank update.
 
     weight   [out, in]   the base layer's own parameter, under its own name
@@ -109,9 +120,9 @@ def updated_layers(model: nn.Module) -> dict[str, LoRALinear | AdaptedLinear]:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers, adapted or not."""
-    # not the head: kernels/ reads its weight, it is never called
+    # no head: kernels/ reads that of the vocabulary, and a reward model's is trained as a whole
     return [name for name, module in model.named_modules()
-            if isinstance(module, (Linear, LoRALinear)) and name != "lm_head"]
+            if isinstance(module, (Linear, LoRALinear)) and name not in ("lm_head", "score")]
 
 
 def fully_matched(pattern: str, names: list[str]) -> list[str]:
@@ -315,6 +326,7 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
     """Put the adapter of a PEFT folder on `model`, without dropout; or, where the model has
     adapters, into those, whose dropout stays (a resumed run must go on with its own).
 
+    What the folder holds is trained, a reward model's head too; all else is frozen.
     raises  ValueError listing every missing, unexpected and mis-shaped tensor, and for a config
             that is not plain LoRA
     """
@@ -332,6 +344,8 @@ def load_adapter(model: nn.Module, path: str) -> nn.Module:
             add_lora(model, config["r"], config["lora_alpha"], 0.0, config["target_modules"])
         except ValueError as error:
             raise ValueError(f"{path}: adapter_config.json: {error}") from None
+        if hasattr(model, "score"):
+            model.score.requires_grad_(True)
     expected = adapter_tensors(model)
     if problems := misfits([file], {name: t.shape for name, t in expected.items()}):
         raise ValueError(f"{file}: does not fit the model: " + "; ".join(problems))

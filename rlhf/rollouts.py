@@ -111,7 +111,8 @@ def true_rewards(rollout: Rollout, listed: dict[str, float], tokenizer: Tokenize
 
 def batch_metrics(rollouts: list[Rollout], beta: float,
                   eos_ids: Collection[int]) -> dict[str, float]:
-    """Metrics of the policy that sampled the batch; means over responses, nats.
+    """Metrics of the policy that sampled the batch: means over responses, of entropy over tokens;
+    nats.
 
     objective/kl is the exact KL of every next token, summed over the response: the same mean as
     TRL's sum of log-ratios, with less noise. objective/rlhf_reward estimates Eq. 3.

@@ -8,7 +8,8 @@ from helpers_models import (ALL_LINEAR, LORA_CONFIG, ROW, adapted_model, base_mo
 from plain import plain_hidden, plain_logps
 from torch.testing import assert_close
 
-from lora import LoRALinear, add_lora, lora_disabled, lora_layers, merge_lora, share_base
+from lora import (LoRALinear, add_lora, add_score_head, freeze_lora, linear_names, load_adapter,
+                  lora_disabled, lora_layers, merge_lora, save_adapter, share_base, updated_layers)
 from model import Linear, Llama
 from packing import Tree, build_stream
 
@@ -312,3 +313,25 @@ def test_a_seed_gives_the_same_adapter_on_every_device(monkeypatch):
                         lambda tensor, a: drawn.append(tensor.device.type) or draw(tensor, a=a))
     model = add_lora(base_model().to("meta"), r=2, alpha=4, dropout=0.0)
     assert set(drawn) == {"cpu"} and {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_updates_of_the_base_move_with_the_layer():
+    # They are no parameters: .double() and .to(device) must reach them too.
+    model = freeze_lora(adapted_model())
+    before = hidden_of(model)
+    layer = next(iter(updated_layers(model.double()).values()))
+    assert {t.dtype for pair in layer.updates for t in pair[:2]} == {torch.float64}
+    assert_close(hidden_of(model).float(), before.float())
+    assert {t.device.type for pair in next(iter(updated_layers(model.to("meta")).values())).updates
+            for t in pair[:2]} == {"meta"}
+    again = add_lora(freeze_lora(adapted_model()), r=2, alpha=4, dropout=0.0).double()
+    assert {t.dtype for pair in next(iter(lora_layers(again).values())).updates
+            for t in pair[:2]} == {torch.float64}
+
+
+def test_a_reward_models_head_is_trained_as_a_whole_and_gets_no_adapter(tmp_path):
+    model = add_score_head(base_model())
+    assert "score" not in linear_names(model)
+    saved = add_score_head(add_lora(base_model(), r=2, alpha=4))
+    save_adapter(saved, str(tmp_path))
+    assert "score.weight" in trained(load_adapter(model, str(tmp_path)))

@@ -14,6 +14,7 @@ import torch
 from conftest import ONE_THREAD, ROOT, launch, write_jsonl
 from helpers import adapter_hash, logged, reward_model_in
 from helpers_models import make_rollouts, three_models
+from safetensors.torch import load_file
 from torch.nn import ModuleDict
 from torch.testing import assert_close
 
@@ -237,6 +238,18 @@ def test_a_killed_and_a_stopped_run_end_with_the_same_bytes(tmp_path, reward_run
     assert "continuing after step" in finish(reward_run, out)
     assert adapter_hash(out) == adapter_hash(tmp_path / "whole")
     assert logged(out) == logged(tmp_path / "whole") and len(logged(out)) == 6
+
+
+def test_the_value_function_is_trained_adapter_and_head(tmp_path, reward_run):
+    # It starts as the reward model: after two steps every one of its trained tensors has moved.
+    finish(reward_run, tmp_path / "run", "--max_steps", "3")
+    trained = load_file(tmp_path / "run/checkpoint-2/trained.safetensors")
+    before = load_file(Path(reward_run) / "final/adapter_model.safetensors")
+    for name, start in before.items():
+        name = name.removeprefix("base_model.model.").replace(
+            "lora_A.weight", "lora_A").replace("lora_B.weight", "lora_B")
+        assert not torch.equal(trained[f"value.{name}"], start), name
+    assert "value.score.weight" in trained
 
 
 def test_two_ranks_log_the_same_numbers_as_one(tmp_path, reward_run):
