@@ -15,6 +15,7 @@ from step import (METHODS, METRICS, Compute, Objective, batch_counts, micro_batc
                   scored_hidden, sequence_logps, token_logps, tree_logps, tree_rewards)
 from train import accumulate_gradient
 from training.checkpoint import trainable
+from training.setup import make_objective
 from ulma import response_logps
 
 SETTINGS = dict(beta=0.3, log_z=0.2, alpha=0.7)
@@ -111,6 +112,14 @@ def test_every_method_equals_the_plain_padded_implementation(name):
     plain_loss, plain_grad = plain_gradient(trees, name, "mean", False)
     assert loss == pytest.approx(plain_loss, rel=1e-9)
     torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-9)
+
+
+def test_the_authors_average_log_probs_but_not_those_of_pairs():
+    # average_log_prob is False in their DPO; both means of positives and others everywhere else.
+    for name, mean in (("ulma", True), ("unlikelihood", True), ("dpo", False), ("ipo", False)):
+        objective = make_objective({"reduction": "authors", "beta": 0.1}, METHODS[name])
+        assert (objective.mean_logps, objective.reduction) == (mean, "class"), name
+        assert make_objective({"reduction": "tokens", "beta": 0.1}, METHODS[name]).mean_logps
 
 
 @pytest.mark.parametrize("name", ["ulma", "pointwise_dpo", "unlikelihood", "kto"])

@@ -80,7 +80,7 @@ def add_what_flags(parser: argparse.ArgumentParser, methods: Collection[str]) ->
     flag("--reduction", choices=REDUCTIONS, default="mean",
          help="mean: over responses, of losses of summed log-probs (papers); class: mean over "
               "positives + mean over the rest; tokens: of log-probs averaged over tokens; authors: "
-              "both, as in the authors' code")
+              "both, as in the authors' code, whose DPO has sums")
 
 
 def add_d2o_flags(parser: argparse.ArgumentParser) -> None:

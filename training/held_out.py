@@ -62,10 +62,13 @@ def measure_group(model: Llama, reference: Reference | None, group: list[Tree],
         sums = torch.zeros_like(sums).index_add(1, ids, columns.double())
         if reference is None:
             sums[1:] = math.nan
-    elif group:
+    else:
         sums[0], sums[1] = stream_rewards(model, stream), 0.0
+    lengths = ids.bincount(minlength=num_responses)                              # [R]
+    if hasattr(model, "score"):
+        lengths = lengths - 1                                # the dummy label
     return HeldOut(stream.scores.double().cpu(), stream.pairs.cpu(), *sums.cpu(),
-                   ids.bincount(minlength=num_responses).double().cpu())
+                   lengths.double().cpu())
 
 
 def joined(parts: list[HeldOut]) -> HeldOut:
@@ -100,31 +103,36 @@ def measure(model: Llama, reference: Reference | None, trees: list[Tree], comput
     return joined([part for parts in gather(parts) for part in parts])
 
 
+def mean_logratio(held: HeldOut, objective: Objective) -> float:
+    """The mean of log(π / π_ref) over responses, of sums or length averages as in training."""
+    logratios = held.policy_logps - held.reference_logps                         # [R]
+    return float((logratios / held.lengths if objective.mean_logps else logratios).mean())
+
+
 def measure_objective(model: Llama, reference: Reference | None, trees: list[Tree],
                       max_length: int, objective: Objective, compute: Compute,
                       ranks: Ranks = Ranks(), in_step: bool = False) -> tuple[HeldOut, Objective]:
     """`measure`, and the objective with log_z of bco and kto, which a step estimates from training
     data, estimated from these."""
     held, estimate = measure(model, reference, trees, compute, ranks, in_step), 0.0
+    others = mismatched_trees(trees, max_length)             # none of a single prompt
     if objective.method.log_z == "running":
-        estimate = -objective.beta * (held.policy_logps - held.reference_logps).mean().item()
-    elif objective.method.log_z == "mismatched":
-        others = measure(model, reference, mismatched_trees(trees, max_length), compute, ranks,
-                         in_step)
-        logratios = others.policy_logps - others.reference_logps
-        estimate = -objective.beta * max(0.0, logratios.mean().item())
+        estimate = -objective.beta * mean_logratio(held, objective)
+    elif objective.method.log_z == "mismatched" and others:
+        unrelated = measure(model, reference, others, compute, ranks, in_step)
+        estimate = -objective.beta * max(0.0, mean_logratio(unrelated, objective))
     return held, replace(objective, log_z=objective.log_z + estimate)
 
 
 # ---- numbers ------------------------------------------------------------------------------------
 
 def held_out_losses(held: HeldOut, objective: Objective) -> Tensor:
-    """The loss of every pair or response that the method trains on, and to which mean it belongs:
-    [n, 2] float64; `mean_loss` of them is the loss. None of d2o, whose anchors are sampled."""
+    """The loss of every pair or response that the method trains on, and its class: [n, 2] float64,
+    for `mean_loss`. No row of d2o, whose anchors are sampled."""
     method, lengths = objective.method, torch.ones_like(held.lengths)
     if method.trains_on == "anchors":
         return torch.zeros(0, 2, dtype=torch.float64)
-    if objective.mean_logps or method.mean_logps:
+    if (objective.mean_logps or method.mean_logps) and not method.reward_model:
         lengths = held.lengths
     losses = method.loss(held.policy_logps / lengths, held.reference_logps / lengths, held,
                          objective)                                              # [R] or [P]
@@ -139,7 +147,8 @@ def held_out_losses(held: HeldOut, objective: Objective) -> Tensor:
 
 
 def mean_loss(losses: Tensor) -> Tensor:
-    """The sum of the means: [n, 2] -> []; NaN of nothing."""
+    """Losses (column 0) averaged over each class (column 1), and the averages added; NaN of no row.
+    """
     return torch.stack([losses[losses[:, 1] == one, 0].mean()
                         for one in losses[:, 1].unique()] or [losses.sum() * math.nan]).sum()
 
@@ -163,7 +172,7 @@ def held_out_metrics(held: HeldOut, objective: Objective) -> dict[str, float]:
     """
     margins = reward_margins(held, 1.0 if objective.method.reward_model else objective.beta)
     losses = held_out_losses(held, objective)
-    right = math.nan if margins.isnan().any() else wins(margins)
+    right = wins(margins) if len(margins) and not margins.isnan().any() else math.nan
     numbers = {"loss": mean_loss(losses), "rewards/accuracies": right,
                "rewards/margins": margins.mean(), "kl": held.kls.sum() / held.lengths.sum()}
     return {f"eval/{name}": float(number) for name, number in numbers.items()

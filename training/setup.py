@@ -87,8 +87,9 @@ def make_reference(args: argparse.Namespace, method: Method, model: Llama) -> Re
 def make_objective(flags: Mapping, method: Method) -> Objective:
     """A method with the settings among a run's flags."""
     reduction = flags.get("reduction", "mean")
+    sums = reduction == "authors" and method.trains_on == "pairs"    # their DPO is of sums
     return Objective(method, flags["beta"], flags.get("log_z", 0.0), flags.get("alpha"),
-                     mean_logps=reduction in ("tokens", "authors"),
+                     mean_logps=reduction in ("tokens", "authors") and not sums,
                      reduction="class" if reduction in ("class", "authors") else "mean")
 
 

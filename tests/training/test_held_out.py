@@ -16,7 +16,7 @@ from step import METHODS, Compute, Objective, sequence_logps, tree_rewards
 from training import held_out
 from training.checkpoint import held_out_records, load_run
 from training.held_out import (HeldOut, compare_tokens, held_out_losses, held_out_metrics, measure,
-                               measure_objective)
+                               measure_group, measure_objective)
 
 NAN = [math.nan] * 4
 
@@ -104,20 +104,51 @@ def test_a_reward_models_rewards_are_measured():
     assert_close(held.policy_logps.sort().values, tree_rewards(model, trees).sort().values,
                  rtol=1e-5, atol=1e-5)
     assert not held.reference_logps.any()
+    assert sorted(held.lengths.tolist()) == sorted(
+        len(ids) for tree in trees for ids in tree.response_ids)
+    # A reward is one number, whatever the length averages of --reduction.
+    for name in ("reward_model", "pointwise_reward_model"):
+        plain, averaged = (held_out_metrics(held, Objective(METHODS[name], mean_logps=mean))
+                           for mean in (False, True))
+        assert plain == averaged
 
 
-def test_log_z_of_kto_and_bco_is_estimated_from_the_held_out_responses():
+@pytest.mark.parametrize("score_head", [False, True])
+def test_a_rank_without_trees_runs_the_layers_all_the_same(score_head):
+    # With --fsdp every rank must gather every layer, or the others wait for it.
+    model, forwards = make_model(score_head=score_head), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: forwards.append(1))
+    assert not len(measure_group(model, None, [], Compute()).scores)
+    assert len(forwards) >= len(model.model.layers)
+
+
+def test_without_pairs_no_accuracy_is_made_up(recwarn):
+    held = by_hand([-1, -20, -3, -40], [-1, -20, -3, -40])._replace(
+        pairs=torch.zeros(0, 2, dtype=torch.int64))
+    metrics = held_out_metrics(held, Objective(METHODS["pointwise_dpo"]))
+    assert set(metrics) == {"eval/loss", "eval/kl"} and not recwarn
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_log_z_of_kto_and_bco_is_estimated_from_the_held_out_responses(mean):
+    # In training's units: with length averages their mean, else that of the sums.
     model, trees = make_model(), make_trees()
     reference, compute = partial(lora_disabled, model), Compute()
     held = measure(model, reference, trees, compute)
-    rewards = 0.3 * (held.policy_logps - held.reference_logps)
     others = measure(model, reference, mismatched_trees(trees, 64), compute)
-    z0 = max(0.0, float((others.policy_logps - others.reference_logps).mean()))
-    for name, expected in (("bco", -float(rewards.mean())), ("kto", -0.3 * z0), ("dpo", 0.0)):
-        found, objective = measure_objective(model, reference, trees, 64,
-                                             Objective(METHODS[name], beta=0.3, log_z=0.25), compute)
+    rewards, unrelated = (float(((one.policy_logps - one.reference_logps)
+                                 / (one.lengths if mean else 1)).mean()) for one in (held, others))
+    for name, expected in (("bco", -0.3 * rewards), ("kto", -0.3 * max(0.0, unrelated)),
+                           ("dpo", 0.0)):
+        start = Objective(METHODS[name], beta=0.3, log_z=0.25, mean_logps=mean)
+        found, objective = measure_objective(model, reference, trees, 64, start, compute)
         assert objective.log_z == pytest.approx(0.25 + expected)
         assert torch.equal(found.kls, held.kls)
+    # The responses of a single prompt have no other prompt to stand under.
+    _, objective = measure_objective(model, reference, trees[:1], 64,
+                                     Objective(METHODS["kto"], log_z=0.25), compute)
+    assert objective.log_z == 0.25
 
 
 # ---- a run --------------------------------------------------------------------------------------
