@@ -194,7 +194,8 @@ class Evaluation:
         policy = answer(partial(nullcontext, self.model))
         if self.reference and self.reference_answers is None:
             self.reference_answers = answer(self.reference)
-        return [{"prompt": turns[-1][1], "policy": mine} | ({"reference": other} if other else {})
+        return [{"prompt": turns[-1][1], "policy": mine} | (
+                    {} if other is None else {"reference": other})
                 for turns, mine, other in zip(self.prompts, policy,
                                               self.reference_answers or [None, None])]
 
@@ -230,21 +231,22 @@ def make_anchor_source(args: argparse.Namespace, setup: Setup, objective: Object
 def with_cached_reference(args: argparse.Namespace, setup: Setup, objective: Objective,
                           compute: Compute, ranks: Ranks) -> Setup:
     """Cache the reference's log-probs in the trees if the run has several epochs, or trains all
-    weights (the reference copy is then freed).
+    weights, of which the reference is a copy: it is then freed, unless KTO's mismatched responses
+    or --eval_steps go on needing it.
 
-    Not with --fsdp: ranks that share a sharded model would have to run it in step. Nor for KTO,
-    whose mismatched responses need the reference in every step.
+    Not with --fsdp: ranks that share a sharded model would have to run it in step.
     """
     method, epochs = objective.method, sum(map(len, setup.batches)) / len(setup.trees)
-    if (method.reference == "none" or method.log_z == "mismatched" or args.fsdp
-            or (args.lora_r and epochs <= 1)):
+    if method.reference == "none" or args.fsdp or (args.lora_r and epochs <= 1):
         return setup
     key = reference_key(
         setup.trees, args.model_name_or_path, args.sft_adapter, method.reference,
         objective.mean_logps, args.bf16, args.micro_tokens, compute.attention)
     trees = cache_reference(args.output_dir, key, setup.reference, setup.trees, objective, compute,
                             ranks)
-    return replace(setup, trees=trees, reference=partial(nullcontext, setup.model))
+    needed = method.log_z == "mismatched"
+    return replace(setup, trees=trees,
+                   reference=setup.reference if needed else partial(nullcontext, setup.model))
 
 
 def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
@@ -254,8 +256,7 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
     check_sft_adapter(args.sft_adapter)
     with running() as (ranks, device):
         log_probs, attention = KERNELS[args.kernels]
-        compute = Compute(device, args.micro_tokens, choose_linear_logps(log_probs, device.type),
-                          choose_attention(attention, device.type))
+        log_probs = choose_linear_logps(log_probs, device.type)      # refused before anything else
         if args.dataset is None:
             use_world(args, method, ranks)
         objective = make_objective(vars(args), method)
@@ -265,6 +266,8 @@ def main(argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METH
             "reference": describe_reference(args, method)}
         with own_output_dir(args.output_dir, flags, ranks):
             setup = set_up(args, methods, ranks, device)
+            compute = Compute(device, args.micro_tokens, log_probs, choose_attention(
+                attention, device.type, setup.model.config.head_dim))
             flags |= checked(setup.model, [setup.trees[n] for n in setup.batches[0]], compute,
                              ranks.is_first)
             if ranks.is_first:

@@ -9,9 +9,13 @@ import torch
 from helpers import adapter_hash, finish, logged, make_model, make_trees, run_ranks
 from plain import plain_logps
 
+from data import Tokenizer, read_dataset
 from lora import lora_disabled
+from model import load_llama
 from packing import Tree, mismatched_trees
+from packing import make_trees as build_trees
 from step import METHODS, Compute, Objective
+from training import held_out
 from training.log_z import LogZ
 from training.ranks import Ranks
 
@@ -115,3 +119,21 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, 
     assert adapter_hash(tmp_path / "cut") == adapter_hash(tmp_path / "whole")
     lines = logged(tmp_path / "whole")
     assert logged(tmp_path / "cut") == lines and len(lines) == 5
+
+
+def test_kto_of_all_weights_compares_with_the_base_as_it_was(tiny_model, pairs_file, tmp_path):
+    # All weights are trained, the head too: the reference must not see it move. Every step is the
+    # whole file, so that the second one's rewards are those of the first one's weights.
+    finish(tiny_model, pairs_file, tmp_path / "run", "--method", "kto", "--lora_r", "0",
+           "--batch_size", "1000", "--max_steps", "2", "--save_steps", "1", "--max_length", "128",
+           "--learning_rate", "3e-3")
+    tokenizer = Tokenizer(tiny_model)
+    trees = build_trees(read_dataset(str(pairs_file)), tokenizer, "all", 128, 64)
+    policy, base = (held_out.measure(load_llama(str(folder)), None, trees, Compute())
+                    for folder in (tmp_path / "run/checkpoint-1", tiny_model))
+    rewards = 0.1 * (policy.policy_logps - base.policy_logps)                    # [R]
+    line = logged(tmp_path / "run")[1]
+    for name, score in (("positive", 1), ("negative", 0)):
+        expected = float(rewards[policy.scores == score].mean())
+        assert abs(expected) > 0.01
+        assert line[f"rewards/{name}"] == pytest.approx(expected, rel=1e-3)
