@@ -57,9 +57,9 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, factor: flo
 
     Source: RoFormer, arXiv:2104.09864, section 3.2; `factor` is linear position interpolation,
     arXiv:2306.15595. Computed in float64: at position 4096 a float32 angle is off by 1e-4.
-    llama3 divides slow frequencies by its factor: those that turn fewer than low_freq_factor times
-    in the context of pretraining, all of it, above high_freq_factor nothing, between in proportion
-    (Llama 3.1, arXiv:2407.21783; transformers' rope type llama3).
+    llama3: frequencies that turn fewer than low_freq_factor times in the context of pretraining are
+    divided by its factor, those that turn more than high_freq_factor times stay, and between the
+    two it is interpolated linearly (Llama 3.1, arXiv:2407.21783; transformers' rope type llama3).
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).double() / head_dim
     frequencies = theta ** -exponents                                            # [Dh/2]
@@ -182,7 +182,7 @@ class Llama(nn.Module):
 class Cache:
     """Keys and values of B rows that decode together, allocated once.
 
-    lengths          [B] int   prompt lengths, at most P
+    lengths          [B] int   prompt lengths; P is the longest
     max_new_tokens   int       slots after the prompts
     All prompts end in slot P - 1, so new tokens of all rows go to one slot, `end`; `mask` hides the
     empty slots before a shorter prompt.

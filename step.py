@@ -194,8 +194,8 @@ def check_fit(name: str, scores: Collection[float], has_pairs: bool,
 def scored_hidden(model: Llama, stream: Stream) -> Tensor:
     """The hidden state that predicts each label of a stream: [N, D].
 
-    After its attention the last layer runs on the scored positions only; on all of them if its
-    weights there are trained, so that dropout masks and the order of sums do not change.
+    After its attention the last layer runs on the scored positions only; on all positions if the
+    weights behind it are trained, so that dropout masks and the order of sums do not change.
     """
     if not len(stream.input_ids):
         return model.lm_head.weight.new_empty(0, model.config.hidden_size)

@@ -273,9 +273,6 @@ class JsonVocabulary:
                                   skip_special_tokens=True)
 
 
-Vocabulary = SentencePieceVocabulary | JsonVocabulary
-
-
 # ---- tokenizer.model as tokenizer.json ----------------------------------------------------------
 
 def tokenizer_json(vocabulary: SentencePieceVocabulary) -> dict:

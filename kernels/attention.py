@@ -111,7 +111,7 @@ def attention_segments(tree_ids: list[int], branch_ids: list[int],
                        device: torch.device | str = "cpu", how: str = "dense") -> Segments:
     """Who sees whom in a stream, in the form that `attention` takes, on `device`.
 
-    tree_ids    [T] int   which tree, on the host; of an empty stream (T = 0) come dense segments
+    tree_ids    [T] int   which tree, on the host; an empty stream (T = 0) gets dense segments
     branch_ids  [T] int   0 = shared prompt, 1.. = response; on the host
     how         one of ATTENTIONS
     raises      ValueError for another `how`, and for "tree" on what `tree_blocks` refuses

@@ -303,7 +303,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 # ---- SwiGLU -------------------------------------------------------------------------------------
 
 class _SwiGLUTorch(torch.autograd.Function):
-    """To autograd's bits, but it keeps gate and up only: silu(gate) is computed again."""
+    """Bit for bit what autograd gives, but only gate and up are kept: silu(gate) is computed again.
+    """
     # bytes per element, bf16: silu 4, product 6; backward: two products 12, two silus 10
 
     @staticmethod

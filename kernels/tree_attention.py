@@ -244,7 +244,7 @@ if triton is not None:
             for i in range(0, tl.cdiv(seen_until - start, STEP)):
                 first = start + i * STEP
                 # Behind `seen_until` q, do, lse and delta are read as 0: such rows add 0 to the
-                # sums. Places behind `end` hold other keys' sums or inf, and are not stored.
+                # sums. Places behind `end` are of keys read as 0; they are not stored.
                 q_tile = _load(q, first, seen_until, head, H, DH, WIDTH, STEP)   # [STEP, WIDTH]
                 do_tile = _load(do, first, seen_until, head, H, DH, WIDTH, STEP)
                 row = first + tl.arange(0, STEP)                                 # [STEP]
@@ -267,8 +267,8 @@ def tile_sizes(dtype: torch.dtype, two_sums: bool, on_amd: bool) -> dict[str, in
 
     two_sums  whether the kernel holds two tiles of sums, as that of dk and dv does
 
-    No register spills (tests/kernels/test_tree_attention_code.py compiles them and looks), and of
-    what does not, these were fastest on an H100 within 2 % (bench/README.md).
+    Of the sizes that do not spill (tests/kernels/test_tree_attention_code.py compiles these and
+    looks), they were fastest on an H100 within 2 % (bench/README.md).
     """
     # Short steps: responses are short (45 tokens in HH), and several programs then fit a
     # multiprocessor. float32 tiles are smaller, because a product without tensor cores holds whole

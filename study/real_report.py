@@ -9,7 +9,6 @@ import json
 import math
 import os
 from textwrap import fill
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch

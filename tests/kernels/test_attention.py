@@ -4,7 +4,7 @@ test_tree_attention.py compares both ways with float64, output and gradients.
 """
 import pytest
 import torch
-from attention_rule import rule_mask, stream_ids, whole_mask
+from attention_rule import rule_mask, whole_mask
 from helpers import GQA, make_llama, random_trees
 from torch.testing import assert_close
 
