@@ -91,14 +91,15 @@ oracles: .venv-bench/ready
 	ORACLES=1 HF_HUB_OFFLINE=1 .venv-bench/bin/python -m pytest $$(find tests -name 'test_oracle_*.py')
 
 # One LoRA step against TRL + PEFT on the same pairs (needs an HH file and a Llama tokenizer);
-# greedy generation against transformers.
+# greedy generation against transformers. Figures go to runs/bench/.
 HH ?= ../shared/data/hh_harmless_base_test/test.jsonl.gz
 TOKENIZER ?= ../shared/data/llama2_tokenizer/tokenizer.model
 
 bench: .venv-bench/ready
+	@mkdir -p runs/bench
 	.venv-bench/bin/python bench/step.py --dataset $(HH) --tokenizer $(TOKENIZER) \
-	  --precision fp32 --out bench/results/step.json
-	.venv-bench/bin/python bench/generate.py --out bench/results/generate.json
+	  --precision fp32 --out runs/bench/step.json
+	.venv-bench/bin/python bench/generate.py --out runs/bench/generate.json
 
 # On one GPU of 80 GB, at most 8 minutes: tests of the kernels and of train.py on the device, then
 # head, attention, the step at 7B's size, generation, memory; see bench/gpu.py. It runs with the torch
@@ -112,5 +113,6 @@ bench-kernel: .venv-bench/ready
 	.venv-bench/bin/python -m pytest tests/kernels
 	.venv-bench/bin/python bench/kernel.py
 
+# The environments; what was trained, runs/, stays.
 clean:
-	rm -rf .venv .venv-bench runs
+	rm -rf .venv .venv-bench

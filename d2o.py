@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from data import Tokenizer, encode_dialogue, encode_prompt, read_dataset, read_turns
 from files.rows import TEXT, get_texts, get_value
 from files.rows import read_rows as read_data
+from files.text import stripped_lines
 from generate import Sampling, generate, row_seeds
 from model import Llama
 from packing import Tree, derived_seed, truncate
@@ -183,8 +184,7 @@ class Instructions:
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer):
-        with open(args.anchor_instructions, encoding="utf-8") as lines:
-            self.sentences = [line.strip() for line in lines if line.strip()]
+        self.sentences = stripped_lines(args.anchor_instructions)
         self.tokenizer, self.max_prompt_length = tokenizer, args.max_prompt_length
         self.dialogues = {}          # ids of a tree's prompt, cut as the data's are -> its turns
         for record in read_dataset(args.dataset):

@@ -371,6 +371,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="model folder: adds token counts, in its template")
     parser.add_argument("--chat_template", help="with --tokenizer, as in train.py")
     args = parser.parse_args(argv)
+    if args.show < 0 or (args.chat_template and not args.tokenizer):
+        raise ValueError(f"--show {args.show} must be at least 0" if args.show < 0 else
+                         "--chat_template goes with --tokenizer")
     counts = Counter()
     records = read_dataset(args.file, counts)
     print(describe_data(args.file, records, counts))

@@ -12,6 +12,7 @@ model (a Hugging Face folder, trained from random weights by train.py itself) an
 
     python world.py            build or find it, and print what it is like
 """
+import argparse
 import hashlib
 import itertools
 import json
@@ -27,7 +28,7 @@ from typing import Any
 import sentencepiece
 import torch
 
-from files.cli import run_cli
+from files.cli import Parser, run_cli
 from files.lock import locked
 from files.text import remove_leftovers, write_text
 from model import Llama, LlamaConfig, save_llama
@@ -301,8 +302,9 @@ def ensure_world() -> None:
         train_base(folder, start)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Build the world, or find it, and print what it is like."""
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     ensure_world()
     verb, thing = held_out_prompts()[0]
     listed = sorted(answers(verb, thing), key=lambda answer: -answer[1])

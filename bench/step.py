@@ -344,6 +344,9 @@ def main() -> None:
     if args.worker and args.worker not in TRL:
         # not for TRL: transformers imports another package called kernels where it finds one
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    if missing := [file for file in (args.dataset, args.tokenizer) if not Path(file).exists()]:
+        parser.error(f"{missing[0]}: no such file; --dataset is HH's as on the Hugging Face Hub "
+                     "(Anthropic/hh-rlhf), --tokenizer a Llama's tokenizer.model")
     if args.worker == "inputs":
         write_inputs(args)
     elif args.worker:

@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import signal
@@ -36,8 +37,10 @@ def sentence_of(error: BaseException) -> str:
     """One line for the error that ends a command, of at most MESSAGE_LENGTH characters."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    kind = "" if isinstance(error, INPUT_ERRORS) else f"{type(error).__name__}: "
-    text = visible(f"error: {kind}{error}")
+    kind, what = "" if isinstance(error, INPUT_ERRORS) else f"{type(error).__name__}: ", error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        what = f"{error.filename}: {error.strerror}"         # not "[Errno 2] ..."
+    text = visible(f"error: {kind}{what}")
     end = MESSAGE_LENGTH // 4
     return text if len(text) <= MESSAGE_LENGTH else (
         f"{text[:MESSAGE_LENGTH - end - 3]} … {text[-end:]}")
@@ -85,9 +88,14 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     is_rank = int(os.environ.get("WORLD_SIZE", 1)) > 1
     is_process = signal.getsignal(signal.SIGINT) is leave_at_once        # else called in a test
+    interrupted = [-math.inf]                                            # when Ctrl-C came
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupted[0] = time.monotonic()
+        raise KeyboardInterrupt
     try:
         if is_process:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, interrupt)
         for file in (sys.stdout, sys.stderr):            # a terminal may lack a character
             if hasattr(file, "reconfigure"):
                 file.reconfigure(errors="backslashreplace")
@@ -100,7 +108,11 @@ def run_cli(main: Callable[[], None]) -> None:
         raise
     except BrokenPipeError:
         sys.exit(0)
-    except (*INPUT_ERRORS, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if time.monotonic() - interrupted[0] < 1:            # a library made another error of it
+            leave(KeyboardInterrupt(), speaks())
+        if not isinstance(error, (*INPUT_ERRORS, KeyboardInterrupt)):
+            raise
         leave(error, speaks())
     finally:
         if is_process:                                   # nothing is left to do but end

@@ -103,6 +103,20 @@ def read_json(path: str, keys: dict[str, Any] | None = None) -> dict:
     return value
 
 
+def stripped_lines(path: str) -> list[str]:
+    """The lines of a text file, stripped, without empty ones.
+
+    raises   OSError, or ValueError with the file's name for what is not UTF-8
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        lines = content.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def whole_lines(path: str) -> list[str]:
     """The complete lines of a text file, with their ends; [] where there is no file.
 

@@ -318,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     stages = [stage for stage in STAGES if stage in (args.stages or STAGES)]
     if args.qa is None:
+        if "qa" in args.stages:
+            raise ValueError("the stage qa needs --qa FILE")
         stages = [stage for stage in stages if stage != "qa"]
     if not args.report:
         file = os.path.join(args.out, "real.jsonl")

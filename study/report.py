@@ -104,7 +104,7 @@ def table_lines(table: Table, scores: Sequence[str], study: Study) -> list[str]:
     for folder in bases:
         for name in ("base", "pi* beta=0.5"):
             row = study.bounds[folder]["golden " * golden + name]
-            rows.append(["", name, *(f"{row[score]:.3g}" if score in row else "–"
+            rows.append(["", name, *(f"{round(row[score], 9) + 0.0:.3g}" if score in row else "–"
                                      for score in scores), "", ""])
     return markdown(("data", "method", *map(escaped, scores), "rate", "seeds"), rows)
 
@@ -292,6 +292,8 @@ def readme(study: Study, runs: int, written: Sequence[str],
 def write_report(out: str) -> None:
     """Write every table and figure that has runs, and README.md."""
     rows = read_rows(out)
+    if not rows:
+        raise FileNotFoundError(f"{out}/runs.jsonl: no run to report")
     study = sort_rows(rows)
     has_runs = {name: [study.has(cell.key) for cell in table.cells]
                 for name, table in TABLES.items()}

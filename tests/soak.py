@@ -387,6 +387,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= conftest.ONE_THREAD
     start, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     jobs = [job for job in make_jobs(work) if job.name.startswith(tuple(args.jobs or [""]))]
+    if not jobs:
+        parser.error(f"no job's name begins with {', '.join(args.jobs)}")
     for job in jobs:
         measure(job)
     rounds = soak(jobs, Random(args.seed), args.minutes, args.rounds)

@@ -288,14 +288,14 @@ def test_a_sentence_stands_before_the_dialogues_own_and_the_oldest_turns_make_ro
 
 @pytest.mark.parametrize("text, more, words", [
     (None, [], "No such file .*file.txt"),
-    (" \n\n", [], "file.txt holds no sentence"),
+    (" \n\n", [], "file.txt holds no sentence"), ("\xcd", [], "file.txt: not UTF-8"),
     ("Be kind.", ["--anchors", "bad.jsonl"], "not for those of --anchors"),
 ])
 def test_instructions_that_cannot_be_used_are_refused(tmp_path, tiny_model, text, more, words,
                                                       monkeypatch):
     monkeypatch.chdir(tmp_path)
     if text:
-        (tmp_path / "file.txt").write_text(text)
+        (tmp_path / "file.txt").write_text(text, encoding="latin-1")
     with pytest.raises((ValueError, OSError), match=words):
         train.main(flags(tmp_path, tiny_model, "--anchor_instructions", tmp_path / "file.txt",
                          *more))

@@ -422,6 +422,14 @@ def test_the_command_lets_no_text_move_the_terminals_cursor(tmp_path):
     assert "a\\x1b[2Jb ASSISTANT:" in shown and "\\x07c" in shown and "\x1b" not in shown
 
 
+def test_the_command_refuses_flags_that_do_nothing(tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", [ROW])
+    for flags, words in ((["--show", "-1"], "--show -1"),
+                         (["--chat_template", "model"], "goes with --tokenizer")):
+        with pytest.raises(ValueError, match=words):
+            data.main([file, *flags])
+
+
 def test_the_command_shows_prompt_response_and_eos(tmp_path, tiny_tokenizer):
     # What a reader runs first; scores, token counts and where each row comes from. In the last row
     # shown two Assistant turns follow each other: "ASSISTANT:" stands before the second, too.

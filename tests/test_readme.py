@@ -117,7 +117,8 @@ def test_cpu_figures_are_those_of_the_result_file():
 def test_help_of_every_command_fits_the_screen(capsys):
     # a description that argparse cannot print, or a % in a help text, ends in a traceback
     for script in ("train.py", "eval.py", "generate.py", "rlhf.ppo", "tools.export",
-                   "tools.heatmap", "judge", "study", "study.exact"):
+                   "tools.heatmap", "tools.plot", "tools.gguf", "judge", "study", "study.exact",
+                   "study.real", "world.py", "data.py"):
         with pytest.raises(SystemExit) as stop:
             finish(script, "--help")
         assert stop.value.code == 0

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 
 from files.cli import SEEDS, Help, Parser, check_ranges
+from files.text import stripped_lines
 
 # METHODS of step.py and MAX_RESPONSES - 1 of packing.py, without what they import (a test compares)
 METHOD_NAMES = ("ulma", "ulma_mse", "pointwise_dpo", "pointwise_mse", "bco", "kto", "dpo", "ipo",
@@ -187,11 +188,8 @@ def check_d2o_flags(args: argparse.Namespace) -> None:
     if args.anchor_instructions and args.anchors:
         raise ValueError("--anchor_instructions is for anchors that are sampled here, not for those "
                          "of --anchors")
-    if args.anchor_instructions:
-        with open(args.anchor_instructions, encoding="utf-8") as lines:
-            if not any(line.strip() for line in lines):
-                raise ValueError(f"--anchor_instructions {args.anchor_instructions} holds no "
-                                 "sentence")
+    if args.anchor_instructions and not stripped_lines(args.anchor_instructions):
+        raise ValueError(f"--anchor_instructions {args.anchor_instructions} holds no sentence")
 
 
 def build_parser(methods: Collection[str] = METHOD_NAMES,

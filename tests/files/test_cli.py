@@ -10,6 +10,7 @@ import pytest
 from conftest import ONE_THREAD, ROOT
 
 from files.cli import Parser, check_ranges, run_cli, time_left, visible
+from files.interrupt import leave_at_once
 
 
 def fail(error):
@@ -28,6 +29,14 @@ def test_bad_input_is_one_sentence_of_the_first_rank(monkeypatch, capsys, error,
     with pytest.raises(SystemExit) as left:
         run_cli(lambda: fail(error))
     assert (left.value.code, capsys.readouterr().err) == (2, sentence)
+
+
+def test_an_error_of_the_system_names_its_file_without_a_number(tmp_path, capsys):
+    for path, words in ((tmp_path / "none", "No such file or directory"),
+                        (tmp_path, "Is a directory")):
+        with pytest.raises(SystemExit):
+            run_cli(path.read_text)
+        assert capsys.readouterr().err == f"error: {path}: {words}\n"
 
 
 def test_other_errors_keep_their_traceback_and_a_closed_pipe_is_no_error(capsys):
@@ -65,6 +74,25 @@ def test_ctrl_c_ends_a_command_in_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         run_cli(lambda: fail(KeyboardInterrupt()))
     assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("other", [ValueError("bad shape"), TypeError("bad shape")])
+def test_ctrl_c_that_a_library_turned_into_another_error_is_still_one(capsys, other):
+    # Seen: safetensors' "could not determine the shape of object type", with exit code 2.
+    def swallow():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise other from None
+
+    before = signal.signal(signal.SIGINT, leave_at_once)
+    try:
+        with pytest.raises(SystemExit) as left:
+            run_cli(swallow)
+        assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+        assert signal.getsignal(signal.SIGINT) is leave_at_once
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("command", ["train.py", "rlhf.ppo --reward_model r --output_dir o"])

@@ -207,7 +207,7 @@ def test_qa_feedback_has_sizes_of_its_own(tiny_study, tmp_path, pairs_file):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["firs"], "no stage is called firs"), (["--report"], "no run is finished yet"),
+    (["firs"], "no stage is called firs"), (["qa"], "the stage qa needs --qa FILE"), (["--report"], "no run is finished yet"),
     (["--hh", "nothing.jsonl"], "nothing.jsonl: no such data file"),
     (["--pairs", "100000"], "too few pairs that fit into 192 tokens: .*lower --pairs")])
 def test_what_cannot_be_run_is_said_and_nothing_is_left(tmp_path, tiny_model, pairs_file, argv,
