@@ -1,6 +1,6 @@
 """RLHF by PPO: maximise E[r_phi(x, y)] - beta KL(pi || pi_ref) (ULMA paper, Eq. 3).
 
-    python train.py --method reward_model --num_train_epochs 6 --output_dir runs/reward_model
+    python train.py --method reward_model --num_train_epochs 2 --output_dir runs/reward_model
     python -m rlhf.ppo --reward_model runs/reward_model               RLHF, on the embedded world
     python -m rlhf.ppo --reward_model runs/pointwise_reward_model     point-wise RLHF
     torchrun --standalone --nproc_per_node=8 -m rlhf.ppo --reward_model runs/hh-reward \\

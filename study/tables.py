@@ -205,7 +205,7 @@ TABLES = {
     "dial": Table(
         "The dial of demonstrations: how good the chosen answers are",
         "1,216 pairs; rejected is the Bradley-Terry loser of two draws, chosen the winner (HH-like "
-        "pairs), the best of 4 or of 16 draws, or one of the 16 best of 288 at random. Two steps "
+        "pairs), the best of 4 or of 16 draws, or one of the 16 best of 288 at random. Two stages "
         "(SFT, then another method) take twice as many updates. D2O reads the rejected answers "
         "alone, which are the same everywhere: one row, at the rate tuned on golden pairs.",
         (MAIN, NEW_SCORES, WINS), [*(cell for data in SHOWN
@@ -302,7 +302,7 @@ TABLES = {
            for method in ("pointwise_mse", "ulma_mse"))]),
     "ablation": Table(
         "Ablations: positive and negative DPO (ULMA, Table 3)",
-        "The same runs as above, and two more methods.",
+        "The runs of hh.md and qa.md, and two more methods.",
         (MAIN,), [row for data in ("hh", "qa") for row in
                   cells(data, "sft", "positive_dpo", "unlearning", "negative_dpo")]),
     "d2o": Table(

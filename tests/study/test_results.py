@@ -49,7 +49,7 @@ def test_the_projects_readme_shows_the_dial_as_results_does(study):
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(dial_table(study)) in readme
     base = study.base(("hh", "ulma"))["E[r]"]
-    assert f"base {base:.2f}, π*\n{mean_optimum('hh', 'pi*')['E[r]']:.2f}:" in readme
+    assert f"base {base:.2f}, π* {mean_optimum('hh', 'pi*')['E[r]']:.2f}:" in readme
 
 
 def test_every_learning_rate_follows_from_the_tuning_runs_or_was_written_down(study):
