@@ -26,7 +26,7 @@ from files.cli import Help, Parser, check_ranges, parse_first, run_cli, time_lef
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m study.real", description=__doc__, formatter_class=Help)
     flag = parser.add_argument
-    flag("stages", nargs="*", metavar="STAGE", default=[], help="see 3. (default: all)")
+    flag("stages", nargs="*", metavar="STAGE", help="see 3.; default: all")
     flag("--model", default="models/smollm2", help="Hugging Face folder of a chat model")
     flag("--hh", default="../shared/data/hh_harmless_base_test/test.jsonl.gz",
          help="HH file or folder of pairs")

@@ -11,11 +11,11 @@ if __name__ == "__main__":
 
 import argparse
 
-from files.cli import Parser, parse_first, run_cli
+from files.cli import Help, Parser, parse_first, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, formatter_class=Help)
     parser.add_argument("file", metavar="FILE", help="a Llama in GGUF")
     parser.add_argument("out", metavar="OUT", help="folder to write; must not be there")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",

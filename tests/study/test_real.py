@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import finish
+from conftest import ROOT, finish
 
 from data import Record
 from study import real, real_report, real_scores
@@ -216,3 +216,30 @@ def test_what_cannot_be_run_is_said_and_nothing_is_left(tmp_path, tiny_model, pa
     with pytest.raises((ValueError, OSError), match=words):
         real.main(["--model", tiny_model, "--hh", str(pairs_file), *argv])
     assert not (tmp_path / "results").exists()
+
+
+# ---- what is committed --------------------------------------------------------------------------
+
+def test_the_page_and_the_samples_are_written_again_from_the_rows_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_report, "draw", lambda out, rows, file:
+                        file if rows[0]["data"] == "hh" else None)
+    rows = real.read_rows(str(ROOT / "results"))
+    real_report.write_page(str(tmp_path), rows, real.not_run(rows))
+    for name in ("real.md", "real-samples.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), name
+
+
+def test_the_projects_readme_shows_the_rows_of_the_real_model():
+    readme = (ROOT / "README.md").read_text()
+    methods = real_report.most_seeds(real_report.by_method(
+        real.read_rows(str(ROOT / "results")), "hh"))
+    found = {method: rows for (method, _), rows in methods.items()}
+    columns = ("base", "sft", "unlearning", "unlikelihood", "dpo", "pointwise_dpo", "ulma", "kto",
+               "d2o num_anchors=3")
+    for words, score, digits in (("held-out accuracy", "accuracy", 2),
+                                 ("perplexity of chosen", "perplexity/chosen", 1),
+                                 ("judge prefers it to base", "win rate/base", 2)):
+        cells = ["–" if method == "base" and score != "perplexity/chosen" else
+                 f"{real_report.estimate(found[method], score)[0]:.{digits}f}"
+                 for method in columns]
+        assert f"| {words} | {' | '.join(cells)} |" in readme
