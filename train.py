@@ -21,6 +21,7 @@ if __name__ == "__main__":
     parse_first(lambda: parse_args(description=__doc__))
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -111,7 +112,7 @@ def train(args: argparse.Namespace, setup: Setup, objective: Objective, compute:
     model, batches, trees = setup.model, setup.batches, setup.trees
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
-    warmup_steps = args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1)
+    warmup_steps = math.ceil(args.warmup_steps * (len(batches) if args.warmup_steps < 1 else 1))
     first, state = resume(setup.folder, model, optimizer, ranks, len(batches))
     since_line, reward_sums = state or (None, None)
     log = Log(args, first, len(batches), since_line) if ranks.is_first else None

@@ -181,3 +181,13 @@ def test_sharded_layers_train_the_same_adapter(tiny_model, pairs_file, tmp_path,
     assert len(whole) == 12
     for line, other in zip(whole, sharded, strict=True):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("warmup, rates", [("0.1", [1.5e-3, 3e-3]), ("1.5", [1.5e-3, 3e-3]),
+                                           ("0.05", [3e-3])])
+def test_no_step_of_a_warm_up_is_above_the_peak(tiny_model, pairs_file, tmp_path, warmup, rates):
+    # 11 steps: a tenth of them is 1.1, rounded up to 2; unrounded the second was 1.82 times the peak.
+    finish(tiny_model, pairs_file, tmp_path / "run", "--method", "sft", "--learning_rate", "3e-3",
+           "--max_steps", "11", "--warmup_steps", warmup)
+    found = [line["lr"] for line in logged(tmp_path / "run")]
+    assert found[:len(rates)] == pytest.approx(rates) and max(found) == pytest.approx(3e-3)

@@ -227,7 +227,7 @@ def all_reduce_gradients_(parameters: list[Tensor], extras: Tensor) -> list[floa
             p.grad = torch.zeros_like(p)
     if not dist.is_initialized():
         return extras.tolist()
-    extras = extras.to(parameters[0].dtype)
+    extras = extras.to(parameters[0].dtype)          # one bucket: a float64 one would be another
     bucket, size = [], 0
     for tensor in [*(p.grad for p in parameters), extras]:
         if bucket and size + tensor.nbytes > BUCKET_BYTES:
@@ -255,8 +255,9 @@ def clip_gradients_(parameters: list[Tensor], max_grad_norm: float, loss: float,
 
 # ---- the schedule -------------------------------------------------------------------------------
 
-def learning_rate(step: int, peak: float, warmup_steps: float, total_steps: int) -> float:
-    """Linear from 0 to `peak` over warmup_steps, then a cosine to 0 at total_steps."""
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear from peak / warmup_steps to `peak` in warmup_steps steps, then a cosine to 0 at
+    total_steps; steps count from 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps)
