@@ -55,9 +55,9 @@ class ChatTemplate:
     controls    {text: id} of the tokens that only a template may write
     variables   bos_token, eos_token, …
     raises      ValueError for a template that this code cannot train on
-    Unlike in transformers, no template learns today's date: those that ask whether there is one
-    have another for want of it. A dialogue that is refused is tried once more, with neighbouring
-    turns of one role merged.
+    Unlike in transformers strftime_now is not defined, so that no text depends on the day:
+    templates that test for it have a date of their own. A dialogue that is refused is tried once
+    more, with neighbouring turns of one role merged.
     """
 
     def __init__(self, source: str, where: str, controls: dict[str, int],

@@ -61,7 +61,8 @@ def exit_code(error: BaseException) -> int:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End a rank without Python's cleaning up: gloo may abort it then, or torchrun send a SIGTERM."""
+    """End a rank with os._exit: during Python's shutdown gloo may abort it, or torchrun's SIGTERM
+    change its exit code."""
     sys.stdout.flush()
     os._exit(code)
 

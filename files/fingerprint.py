@@ -1,6 +1,7 @@
 """Fingerprints of what a run reads: they tell whether it is the same when the run goes on."""
 import hashlib
 import os
+from functools import cache
 
 from files.text import sha256
 from files.weights import weight_files
@@ -47,3 +48,11 @@ def fingerprints(model: str, *others: str | None) -> dict[str, str]:
         weights = []
     return ({file: sha256(file) for file in small if os.path.isfile(file)}
             | {file: fingerprint(file) for file in weights})
+
+
+@cache
+def weights_of(model: str) -> list[str]:
+    """The fingerprints of a model folder's safetensors files: what tells its weights from others',
+    whatever words its config.json has."""
+    return sorted(digest for name, digest in fingerprints(model).items()
+                  if name.endswith(".safetensors"))

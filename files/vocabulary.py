@@ -177,9 +177,13 @@ class SentencePieceVocabulary:
         """The text of ids, without control tokens and ids that have no piece."""
         known = [number for number in ids
                  if number in self.names and self.names[number] not in self.controls]
-        runs = groupby(known, key=lambda number: number < self.pieces.vocab_size())
-        return "".join(self.pieces.decode(list(run)) if own else "".join(map(self.names.get, run))
-                       for own, run in runs)
+        text = ""
+        for own, run in groupby(known, key=lambda number: number < self.pieces.vocab_size()):
+            run = list(run)
+            # SentencePiece takes a first space off, which after an added token is the text's own
+            space = " " if text and not self.legacy and self.names[run[0]].startswith("▁") else ""
+            text += space + self.pieces.decode(run) if own else "".join(map(self.names.get, run))
+        return text
 
 
 # ---- tokenizer.json -----------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def misfits(files: list[str], expected: dict[str, tuple],
 
 def save_tensors(tensors: dict[str, Tensor], file: str,
                  metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that those may read whom the umask lets.
+    """Write a safetensors file with the umask's permissions; safetensors' own is its owner's alone.
 
     raises   OSError with the file's name, as where the disk is full
     """

@@ -86,6 +86,8 @@ def score_runs(question_files: list[str], answer_files: list[str], margin: float
     if len(question_files) != len(answer_files):
         raise ValueError(f"{len(question_files)} files of --questions but {len(answer_files)} of "
                          "--answers; give one of each per run")
+    if json_file and os.path.exists(json_file):
+        raise FileExistsError(f"{json_file} exists: remove it or name another")
     if len(set(answer_files)) < len(answer_files):
         raise ValueError("--answers names a file twice; give every run's once")
     questions = [read_questions(file) for file in question_files]

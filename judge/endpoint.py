@@ -1,6 +1,6 @@
 """Client of an OpenAI-compatible endpoint: several requests at a time, each retried if it helps.
 
-Python's own: openai and httpx know no deadline for a whole reply, and no largest one.
+Standard library only: openai and httpx have no deadline for a whole reply, no limit on its size.
 """
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ def complete(url: str, key: str, body: dict, timeout: float, tries: int) -> tupl
     if key:
         post.add_header("Authorization", f"Bearer {key}")
     for attempt in range(1, tries + 1):
-        retry_after = ""
+        retry_after, failure = "", "no chat completion"
         try:
             with ThreadPool(1) as pool:                  # a thread that still reads is left behind
                 status, retry_after, raw = pool.apply_async(fetch, (post, timeout)).get(timeout)
@@ -52,8 +52,11 @@ def complete(url: str, key: str, body: dict, timeout: float, tries: int) -> tupl
                 break
         except (OSError, HTTPException, multiprocessing.TimeoutError) as error:
             failure = f"{type(error).__name__} {error}"
+        except UnicodeError as error:                    # of a host's name
+            failure = f"{url}: {error}"
+            break
         except (ValueError, LookupError, TypeError):
-            pass                                         # not a completion
+            pass                                         # not a completion: `failure` shows it
         if attempt < tries:
             time.sleep(min(600.0, float(retry_after)) if retry_after.isdecimal()
                        else min(60.0, 2.0**(attempt - 1)))

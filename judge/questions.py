@@ -44,16 +44,15 @@ def read_generations(path: str) -> list[tuple[Turns, str]]:
         turns = get_value(row, "prompt", list, where)
         if not all(isinstance(turn, list) and [*map(type, turn)] == [str, str] for turn in turns):
             turns = read_turns(turns, where)                                 # [{role, content}, …]
-        if not turns or turns[-1][0] != "Human":
-            raise ValueError(f"{where}: the prompt must end on a user message")
+        if "Human" not in [role for role, _ in turns]:
+            raise ValueError(f"{where}: the prompt has no user message")
         generations.append((tuple(map(tuple, turns)), get_value(row, "completion", str, where)))
     return generations
 
 
 def read_opponents(path: str) -> list[tuple[Turns, str]]:
     """(prompt, response) of another run's generations, or a data set's good (z = 1) responses."""
-    _, row = next(read_rows(path))
-    if {"prompt", "completion", "seed"} <= set(row):
+    if os.path.isfile(path) and {"prompt", "completion", "seed"} <= set(next(read_rows(path))[1]):
         return read_generations(path)
     return [(record.prompt, response) for record in read_dataset(path)
             for response, score in zip(record.responses, record.scores) if score == 1]
@@ -82,7 +81,9 @@ def judge_prompt(prompt: Turns, text_1: str, text_2: str) -> str:
     Source: ULMA, arXiv:2312.02554, Appendix B.
     Differs: 1>2, 1=2, 1<2, where our copy of the paper prints 1≥2, 1=2, 1≤2; one section a line.
     """
-    *context, (_, question) = prompt
+    last = max(number for number, (role, _) in enumerate(prompt) if role == "Human")
+    context, said = prompt[:last], prompt[last + 1:]     # in HH an Assistant's turn may follow
+    question = "\n".join([prompt[last][1], *(f"{role}: {text}" for role, text in said)])
     return JUDGE_PROMPT.format(context="\n".join(f"{role}: {text}" for role, text in context),
                                question=question, text_1=text_1, text_2=text_2)
 

@@ -128,6 +128,8 @@ def test_tokens_added_to_a_sentencepiece_model(with_added):
     assert ids.count(TINY_VOCAB + 3) == 1 and TINY_VOCAB + 1 not in ids
     assert TINY_VOCAB in ids                             # no special one, and no template writes it
     assert tokenizer.decode([*ids, TINY_VOCAB + 1, TINY_VOCAB + 2]) == text
+    for text in ("a <word> boat", "<word> a  boat<word>", " a<word>boat "):      # every space of it
+        assert tokenizer.decode(tokenizer.encode(text)) == text
     prompt_ids, response_ids = encode_dialogue(tokenizer, [("Human", text), ("Assistant", text)])
     assert (prompt_ids + response_ids).index(TINY_VOCAB + 1) == len(prompt_ids + response_ids) - 1
 

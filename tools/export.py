@@ -90,8 +90,8 @@ def export(model_path: str, adapters: list[str], out: str, dtype: torch.dtype,
     """Write `out`: the model of `model_path` with all adapters merged, in their order.
 
     chat_template   see `tokenizer.Tokenizer`; None: the one that the adapters were trained on
-    raises  ValueError or OSError, one sentence, for input that does not fit; `out` is then left
-            as it was
+    raises  ValueError or OSError, one sentence, for input that does not fit; `out` is then not there,
+            or empty
     """
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         raise ValueError(f"{out} is there already and not empty; choose another --out")

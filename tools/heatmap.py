@@ -267,7 +267,7 @@ def check_out(path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_ranges(args, ("first",), {})
+    check_ranges(args, ("first",), {} if args.beta is None else {"beta": (-math.inf, math.inf)})
     check_out(args.html)
     runs = {path: run_responses(path, args.dataset, args.beta, args.first) for path in args.runs}
     write_text(args.html, page(runs))

@@ -2,7 +2,7 @@
 
     OUT/.lock              while a process writes here: which one, see files/lock.py
     OUT/args.json          every flag, and fingerprints of all inputs; written first
-    OUT/metrics.jsonl      one JSON object per logged step
+    OUT/metrics.jsonl      one JSON object per logged step; eval.jsonl: per evaluation
     OUT/checkpoint-N/      adapter (or model), optimizer.safetensors, trainer_state.json; of PPO,
                            which trains two adapters: trained.safetensors instead
     OUT/final/             the result: a PEFT adapter, or a Hugging Face model; manifest.json

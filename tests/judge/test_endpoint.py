@@ -211,6 +211,13 @@ def test_nobody_listening_is_a_sentence(ask, tmp_path):
         endpoint.ask_questions("q", "file:///etc/passwd", "m", "out", 1, 1.0, 1)
 
 
+def test_a_url_that_cannot_be_one_is_a_sentence():
+    # No second try, and no traceback: http.client cannot encode such a host's name.
+    for host in ("a..b", "x" * 64 + ".com"):
+        reply, failure = endpoint.complete(f"http://{host}/v1", "", {}, 1.0, 3)
+        assert reply is None and failure.startswith(f"http://{host}/v1: ") and "1 of 3" in failure
+
+
 def test_the_wait_is_what_the_server_asks_for_or_doubles(monkeypatch):
     asked, waits = iter(["12", "9999", "soon", "Sun, 06 Nov 1994 08:49:37 GMT", *[""] * 5]), []
     monkeypatch.setattr(endpoint, "fetch", lambda *_: (503, next(asked), b"busy"))

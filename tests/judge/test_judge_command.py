@@ -84,6 +84,8 @@ def test_nothing_is_overwritten_and_files_that_do_not_fit_are_refused(files):
         main(["prompts", odd, "--against", mine, "--out", str(files / "new.jsonl")])
     with pytest.raises(ValueError, match="1 files of --questions but 2 of --answers"):
         main(["score", "--questions", questions, "--answers", mine, mine])
+    with pytest.raises(FileExistsError, match="mine.jsonl exists"):
+        main(["score", "--questions", questions, "--answers", mine, "--json", mine])
     assert not (files / "new.jsonl").exists()
 
 

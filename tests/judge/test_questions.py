@@ -35,6 +35,24 @@ def test_generations_meet_the_chosen_answer_or_the_other_runs(tmp_path):
         (HI, "a", "good"), (HI, "b", "good"), ((("Human", "Who?"),), "c", "me")]
 
 
+def test_a_prompt_that_ends_on_an_assistants_turn_is_asked_too(tmp_path):
+    # HH has such prompts, and generate.py answers them; the question is the user's last turn.
+    turns = [("Human", "Hi"), ("Assistant", "Yes?"), ("Human", "Why?"), ("Assistant", "Wait.")]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    file = write_jsonl(tmp_path / "a.jsonl", [
+        {"prompt": [{"role": roles[role], "content": text} for role, text in turns],
+         "completion": "So."}])
+    ((prompt, answer),) = read_generations(file)
+    text = judge_prompt(prompt, answer, "Thus.")
+    assert "[Context]: Human: Hi\nAssistant: Yes?\n" in text
+    assert "[Question to be answered]: Why?\nAssistant: Wait.\n[Text 1]: So." in text
+
+
+def test_a_data_set_may_be_a_folder(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Why?", "completion": "So.", "label": True}])
+    assert read_opponents(str(tmp_path)) == [((("Human", "Why?"),), "So.")]
+
+
 def test_the_judge_prompt_has_the_papers_fields_in_order():
     prompt = (("System", "Be kind."), ("Human", "A {x}?"), ("Assistant", "B."), ("Human", "C?"))
     text = judge_prompt(prompt, "first {y}", "second")
