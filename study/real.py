@@ -66,7 +66,7 @@ from model import Llama, load_llama
 from step import METHODS, tree_rewards
 from study import real_scores as measuring
 from study.real_data import BATCH, BETA, Data
-from study.real_report import label, write_page
+from study.real_report import label, newest, write_page
 from study.runs import Cell, Training
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
@@ -118,6 +118,7 @@ def plan(stage: str, rows: list[dict]) -> list[Training]:
 
 def not_run(rows: list[dict]) -> list[str]:
     """Sentences: what of every stage has no line yet, and how long it would take."""
+    rows = newest(rows)
     keys = [{key: row[key] for key in base_run("hh").key} for row in rows]
     trained = [row for row in rows if row.get("train s") and row["seed"] != TUNING_SEED]
     each = sum(row["train s"] + row["measure s"] for row in trained) / max(1, len(trained))
@@ -268,15 +269,22 @@ class Study:
         logps = measuring.all_logps(model, answers.trees)
         base = model if not run.learning_rate else self.model_of(base_run(name))[0]
         scores = measuring.answer_scores(answers, logps, measuring.all_logps(base, answers.trees))
+        self.train(judge_run(name))                      # where its row is there, not its folder
         judge = self.model_of(judge_run(name))[0]
-        chosen = self.chosen_rewards(name, judge)[:len(answers.trees), 0]
+        chosen = self.chosen_rewards(name, judge)[data.pairs["held-out"].first_of_trees, 0]
         rewards = measuring.judged(judge, answers)
-        if not run.learning_rate:
-            data.cached("judged-base", lambda: rewards)
-        others = {"chosen": chosen, "base": data.cached("judged-base", lambda: rewards)}
+        base_rewards = data.cached("judged-base", lambda: rewards if not run.learning_rate else
+                                   self.judged_base(name, judge))
+        others = {"chosen": chosen[:len(rewards)], "base": base_rewards}
         return scores | measuring.against(rewards, others) | {
             "reward": float(rewards.mean()), "mild": measuring.mild_answers(
                 model, self.tokenizer, self.args.new_tokens)}
+
+    def judged_base(self, name: str, judge: Llama) -> Tensor:
+        """The judge's r of the base's own answers: [X]; where its row is there and its file is not."""
+        answers = measuring.own_answers(self.model_of(base_run(name))[0], self.tokenizer,
+                                        self.of(name).prompts, self.args.new_tokens)
+        return measuring.judged(judge, answers)
 
     # the schedule
 
@@ -305,7 +313,10 @@ class Study:
 
     def execute_stages(self, stages: Sequence[str]) -> None:
         for stage in stages:
-            runs = [run for run in plan(stage, self.rows()) if not self.row_of(run)]
+            data = STAGES[stage][0].data
+            rows = [row for row in self.rows()
+                    if (row["data"], row["settings"]) == (data, self.of(data).settings)]
+            runs = [run for run in plan(stage, rows) if not self.row_of(run)]
             for number, run in enumerate(runs):
                 self.execute(run, len(runs) - number)
 

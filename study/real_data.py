@@ -18,13 +18,15 @@ BETA, BATCH = 0.1, 8            # pairs per step
 
 
 def fitting_pairs(dataset: str, tokenizer: Tokenizer, max_length: int) -> tuple[list[Record], int]:
-    """(records of a good and a bad answer that fit into max_length whole, how many do not)."""
+    """(records of a good and a bad answer to a user that fit into max_length whole, how many pairs
+    are left out)."""
     records = [record for record in read_dataset(dataset) if set(record.scores) == {0, 1}]
 
     def size(record: Record) -> int:
         return max(sum(map(len, encode_dialogue(tokenizer, [*record.prompt, ("Assistant", text)])))
                    for text in record.responses)
-    fitting = [record for record in records if size(record) <= max_length]
+    fitting = [record for record in records
+               if record.prompt[-1][0] == "Human" and size(record) <= max_length]
     return fitting, len(records) - len(fitting)
 
 

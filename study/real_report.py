@@ -53,7 +53,7 @@ that an answer is a good one, with log Z = 0, in ten bins of equal size; 0.5 sai
 error 0.
 
 ± is over held-out prompts and, where there are several, seeds; of perplexities, calibration error,
-length, reward and what follows it over seeds alone.
+length, ended, reward, distinct-n and refusals over seeds alone.
 
 Own answers are samples at temperature 1, cut at {new_tokens} tokens: `ended` is the share that
 ended before. KL: E[log π/π_ref] on them, nats, up to the cut. reward: the judge's mean; against:
@@ -90,6 +90,8 @@ def gap(rows: list[dict], others: list[dict]) -> tuple[float, float]:
     same pairs and with the same seeds."""
     of_seed = {row["seed"]: right_of(row) for row in others}
     gaps = [right_of(row) - of_seed[row["seed"]] for row in rows if row["seed"] in of_seed]
+    if not gaps:
+        return math.nan, math.nan                            # no seed in common
     over_pairs = 1.96 * standard_error(sum(gaps) / len(gaps))
     over_seeds = seed_interval([float(one.mean()) for one in gaps])[1] if len(gaps) > 1 else 0.0
     return float(sum(gaps).mean()) / len(gaps), math.hypot(over_pairs, over_seeds)
@@ -127,6 +129,12 @@ def by_method(rows: list[dict], data: str) -> dict[tuple[str, float], list[dict]
         if row["data"] == data and row["seed"] and "right" in row:
             found.setdefault((row["method"], row["learning_rate"]), []).append(row)
     return dict(sorted(found.items(), key=lambda item: item[0][0] != "base"))
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """Of every data set the rows with the settings of its last one: they are compared."""
+    last = {row["data"]: row["settings"] for row in rows}
+    return [row for row in rows if row["settings"] == last[row["data"]]]
 
 
 def most_seeds(methods: dict[tuple[str, float], list[dict]]) -> dict[tuple[str, float], list[dict]]:
@@ -181,6 +189,7 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
                if estimate(rows, "perplexity/neutral")[0] > 1.1 * base["perplexity/neutral"]]
     gaps = {(first, second): gap(trained[first], trained[second])
             for first, second in itertools.combinations(trained, 2)}
+    gaps = {pair: found for pair, found in gaps.items() if not math.isnan(found[0])}
     differ = sum(abs(value) > half for value, half in gaps.values())
     compared = ["- No two methods to compare."]
     if gaps:
@@ -296,9 +305,10 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
     text = [START]
     for place, group in enumerate(groups.values()):
         text += section(group, draw(out, group, "real.png" if not place else f"real-{place}.png"))
-    text.append(EXPLAINED.format(**rows[0]["settings"]))
-    answered = [row for found in most_seeds(by_method(rows, "hh")).values() for row in found
-                if row["seed"] == 1]
+    cut = " or ".join(dict.fromkeys(str(row["settings"]["new_tokens"]) for row in rows))
+    text.append(EXPLAINED.format(new_tokens=cut))
+    answered = [row for found in most_seeds(by_method(newest(rows), "hh")).values()
+                for row in found if row["seed"] == 1]
     if answered:
         write_samples(out, answered)
         text.append("[Answers to mild prompts, before and after](real-samples.md)\n")

@@ -153,6 +153,12 @@ class Pairs:
         """Values of all responses [R] -> those of chosen and rejected [P, 2]."""
         return values[self.numbers]
 
+    @property
+    def first_of_trees(self) -> list[int]:
+        """The number of every tree's first pair: neighbours with one prompt share a tree."""
+        counts = [len(tree.pairs) for tree in self.trees]
+        return [sum(counts[:place]) for place in range(len(counts))]
+
 
 def make_pairs(records: list[Record], tokenizer: Tokenizer, max_length: int) -> Pairs:
     """The pairs of records; nothing is cut where every record fits into max_length."""

@@ -1,6 +1,7 @@
 """study/real.py: formulas by value, the split, and a whole study of a tiny random model."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -138,6 +139,34 @@ def test_two_methods_are_compared_seed_by_seed_on_the_same_pairs():
         1.96 * float(torch.tensor([1, 1, 0, 0.]).std()) / 2)
 
 
+def test_methods_without_a_seed_in_common_are_not_compared():
+    assert math.isnan(real_report.gap([{"seed": 2, "right": "10"}],
+                                      [{"seed": 1, "right": "11"}])[0])
+
+
+def test_only_rows_with_the_settings_of_the_last_one_are_one_study():
+    rows = [{"data": data, "settings": settings} for data, settings in (
+        ("hh", 1), ("qa", 2), ("hh", 3), ("qa", 2))]
+    assert real_report.newest(rows) == [rows[1], rows[2], rows[3]]
+
+
+def test_neighbours_with_one_prompt_share_a_tree_and_its_first_pair_is_meant(tiny_model):
+    records = [Record((("Human", prompt),), (f"{n} good", f"{n} bad"), (1.0, 0.0), f"f:{n}")
+               for n, prompt in enumerate("ppq")]
+    pairs = real_scores.make_pairs(records, Tokenizer(tiny_model), 128)
+    assert len(pairs.trees) == 2 and len(pairs.numbers) == 3 and pairs.first_of_trees == [0, 2]
+
+
+def test_a_prompt_that_ends_on_an_assistants_turn_is_left_out(tmp_path, tiny_model):
+    # JSON lines, which the study writes, cannot hold it.
+    rows = [{"chosen": f"{start}\n\nAssistant: c", "rejected": f"{start}\n\nAssistant: d"}
+            for start in ("\n\nHuman: a", "\n\nHuman: a\n\nAssistant: b")]
+    file = tmp_path / "hh.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitting, left_out = fitting_pairs(str(file), Tokenizer(tiny_model), 256)
+    assert [record.prompt for record in fitting] == [(("Human", "a"),)] and left_out == 1
+
+
 def test_the_rate_with_the_most_seeds_stands_for_a_method():
     one, three = [{"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}]
     methods = {("base", 0): one, ("dpo", 3e-4): one, ("dpo", 1e-3): three, ("ulma", 1e-4): one,
@@ -192,6 +221,22 @@ def test_a_whole_study_goes_on_where_it_was_stopped(tiny_study, tmp_path):
     page = (tmp_path / "out/real.md").read_text()
     assert tiny_study("--report")[1].count("====") == 0
     assert (tmp_path / "out/real.md").read_text() == page
+
+
+def test_rows_whose_folders_are_gone_do_not_stop_the_study(tiny_study, tmp_path):
+    # As in a fresh clone: the judge is trained again, and the base's answers are the base's.
+    rows, _ = tiny_study("first")
+    shutil.rmtree(tmp_path / "work")
+    again, _ = tiny_study("more")
+    assert again[:4] == rows and len(again) == 5 and 0 <= again[4]["win rate/base"] <= 1
+    (judged,) = (tmp_path / "work").rglob("judged-base.json")
+    lines = (tmp_path / "out/real.jsonl").read_text().splitlines()
+    (tmp_path / "out/real.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    values = json.loads(judged.read_text())["values"]
+    judged.unlink()
+    tiny_study("first")                          # the base's row again, and its judged answers
+    assert json.loads(next((tmp_path / "work").rglob("judged-base.json")).read_text())[
+        "values"] == pytest.approx(values, rel=1e-5)
 
 
 def test_qa_feedback_has_sizes_of_its_own(tiny_study, tmp_path, pairs_file):
