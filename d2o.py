@@ -32,14 +32,14 @@ from data import Tokenizer, encode_dialogue, encode_prompt, read_dataset, read_t
 from files.rows import TEXT, get_texts, get_value
 from files.rows import read_rows as read_data
 from files.text import stripped_lines
-from generate import Sampling, generate, row_seeds
+from generate import Sampling, cache_slots, generate, row_seeds
 from model import Llama
 from packing import Tree, derived_seed, truncate
 from step import Compute, Reference, tree_logps
 from training.ranks import Ranks
 from training.reference_cache import read_rows, write_rows
 
-CACHE_TOKENS = 8      # KV-cache tokens per --micro_tokens: a token of a backward pass takes more
+CACHE_TOKENS = 8      # KV-cache tokens per --micro_tokens: one of a backward pass takes about 6
 TEMPERATURE, TOP_P = 0.8, 0.9      # of the samples; for others see --anchors
 
 
@@ -254,7 +254,8 @@ def anchored_trees(source: AnchorSource, step: int) -> dict[int, Tree]:
     if step > refreshed_at:
         return read_anchors(file, refreshed_at, source.trees, numbers)
     batches = sampling_batches(source.trees, numbers, source.num_anchors, max_new_tokens,
-                               CACHE_TOKENS * source.compute.micro_tokens)
+                               cache_slots(source.model,
+                                           CACHE_TOKENS * source.compute.micro_tokens))
     given, odd = source.given(step, numbers) if source.given else (None, "")
     write_rows(file, batches, lambda batch: anchor_rows(source, step, batch, given),
                lambda row: sum(map(len, row["anchor_ids"])), f"anchors of step {step}",

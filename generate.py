@@ -201,6 +201,18 @@ def check_prompts(config: LlamaConfig, prompts: list[list[int]], max_new_tokens:
                              f"; the model has {positions} positions")
 
 
+def cache_slots(model: Llama, most: int) -> int:
+    """How many tokens, prompts and answers of all rows together, to sample at a time: `most`, on a
+    GPU no more than fill half of what the weights leave with keys and values."""
+    config, weight = model.config, model.lm_head.weight
+    if not weight.is_cuda:
+        return most
+    slot = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            * weight.element_size())                                             # bytes
+    memory = torch.cuda.get_device_properties(weight.device).total_memory
+    return max(1, min(most, (memory - sum(p.nbytes for p in model.parameters())) // 2 // slot))
+
+
 def next_logits(model: Llama, hidden: Tensor) -> Tensor:
     """Hidden states [B, D] -> logits [B, V]."""
     blocks = model.lm_head.weight.split(HEAD_ROWS if hidden.device.type == "cpu" else 2 ** 31)
@@ -232,6 +244,8 @@ def generate_tokens(model: Llama, prompts: list[list[int]], sampling: Sampling,
                 logits[:, unused] = -torch.inf
             input_ids = sample(logits, noise[:, step], sampling.temperature, sampling.top_p)
             ids = input_ids.tolist()               # the only wait for the device in a step
+            if max(ids) >= model.config.vocab_size:          # where a cumulative sum is NaN
+                raise FloatingPointError(f"token {step + 1} has logits that are not finite")
             yield list(zip(rows, ids))
             alive = [place for place, token in enumerate(ids) if token not in ends]
             if not alive or step + 1 == max_new_tokens:

@@ -242,7 +242,8 @@ def tree_logps(reference: Reference, trees: list[Tree], wanted: Callable[[float]
     with reference() as model:
         for group in pack(trees, compute.micro_tokens):
             stream = build_stream(group, compute.device, wanted, compute.attention)
-            logps += sequence_logps(model, stream, mean, compute.linear_logps).tolist()
+            logps.append(sequence_logps(model, stream, mean, compute.linear_logps))      # [R]
+    logps = torch.cat(logps).tolist() if logps else []       # at the end: one wait for the device
     ends = torch.tensor([len(tree.scores) for tree in trees]).cumsum(0).tolist()
     return [logps[end - len(tree.scores):end] for end, tree in zip(ends, trees)]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generate import Sampling, generate
+from generate import Sampling, cache_slots, generate
+from kernels.attention import to_device
 from lora import lora_disabled
 from model import Llama
 from packing import Stream, Tree, build_stream, pack
@@ -32,7 +33,7 @@ class Rollout(Tree):
 
 def joined(rollouts: list[Rollout], name: str, device: torch.device | str = "cpu") -> Tensor:
     """One field of all rollouts, end to end: [N]."""
-    return torch.cat([getattr(rollout, name) for rollout in rollouts]).to(device)
+    return to_device(torch.cat([getattr(rollout, name) for rollout in rollouts]), device)
 
 
 def sample_responses(policy: Llama, prompt_ids: list[list[int]], seeds: list[int],
@@ -40,12 +41,17 @@ def sample_responses(policy: Llama, prompt_ids: list[list[int]], seeds: list[int
     """Sampled responses to this rank's share of the prompts: numbers rank, rank + world_size, …
 
     seeds    K for every prompt: it gets K responses, which share its tokens in one tree
+    As many rows at a time as `generate.cache_slots` has room for; a row's text depends on its seed.
     """
     count, numbers = len(seeds) // len(prompt_ids), range(ranks.rank, len(prompt_ids),
                                                           ranks.world_size)
     rows = [number * count + k for number in numbers for k in range(count)]
-    sampled = generate(policy, [prompt_ids[row // count] for row in rows], **vars(sampling),
-                       generator=[seeds[row] for row in rows])
+    longest = max(map(len, prompt_ids)) + sampling.max_new_tokens
+    at_a_time, sampled = max(1, cache_slots(policy, longest * len(seeds)) // longest), []
+    for first in range(0, len(rows), at_a_time):
+        some = rows[first:first + at_a_time]
+        sampled += generate(policy, [prompt_ids[row // count] for row in some], **vars(sampling),
+                            generator=[seeds[row] for row in some])
     return [Tree(prompt_ids[number], sampled[i * count:(i + 1) * count], [0.0] * count, [])
             for i, number in enumerate(numbers)]
 

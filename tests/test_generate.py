@@ -1,5 +1,6 @@
 """Sampling: the cache against recomputing everything, exact distributions, seeds."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from plain import random_weights
 from torch.testing import assert_close
 
 import generate as generate_file
-from generate import Sampling, generate, generate_tokens, nucleus, row_seeds, sample
+from generate import (Sampling, cache_slots, generate, generate_tokens, nucleus, row_seeds,
+                      sample)
 from kernels import linear_logps
 from lora import add_lora, lora_disabled, lora_layers
 from model import Llama, LlamaConfig
@@ -120,6 +122,28 @@ def test_lower_precision_stays_near_float64(dtype, atol, monkeypatch):
         generate(model, [p + [5] for p in prompts], 1, temperature=0)
     for exact, rounded in zip(logits[:2], logits[2:]):
         assert (rounded - exact).abs().mean() < atol
+
+
+def test_logits_that_are_not_finite_end_in_a_sentence():
+    # The cumulative sum is NaN, and the id would be one behind the vocabulary's last.
+    model = make_model(GQA)
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(FloatingPointError, match="token 1 has logits that are not finite"):
+        generate(model, make_prompts([3, 5]), 4, generator=0)
+
+
+def test_a_gpu_samples_as_many_tokens_as_half_of_its_free_memory_holds(monkeypatch):
+    # A slot: 2 · L 3 · Hkv 2 · Dh 6 numbers of 8 bytes. Room for 100 of them beside the weights.
+    model = make_model(GQA)
+    weights = sum(p.nbytes for p in model.parameters())
+    slot = 2 * 3 * 2 * 6 * 8
+    fake = SimpleNamespace(config=model.config, parameters=model.parameters, lm_head=SimpleNamespace(
+        weight=SimpleNamespace(is_cuda=True, device="cuda:0", element_size=lambda: 8)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=weights + 2 * 50 * slot))
+    assert cache_slots(fake, 1000) == 50 and cache_slots(fake, 20) == 20
+    assert cache_slots(model, 1000) == 1000                                      # a CPU
 
 
 # ---- seeds --------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from helpers import make_model, make_trees
 from helpers_models import make_rollouts, three_models
 from torch.testing import assert_close
 
-from generate import Sampling
+from generate import Sampling, generate
+from rlhf import rollouts
 from rlhf.rollouts import Rollout, batch_metrics, sample_responses, true_rewards, world_rewards
 from tokenizer import Tokenizer, encode_dialogue
 from training.ranks import Ranks
@@ -54,6 +55,18 @@ def test_samples_do_not_depend_on_the_number_of_ranks():
     assert all(len(tree.response_ids) == 2 for tree in alone)
     assert alone[0].response_ids[0] != alone[0].response_ids[1]
     assert sample_responses(policy, prompt_ids[:1], seeds[:2], Sampling(7), Ranks(1, 2)) == []
+
+
+@pytest.mark.parametrize("slots, batches", [(10 ** 9, 1), (2 * 11, 3), (1, 6)])
+def test_samples_do_not_depend_on_how_many_rows_the_device_has_room_for(monkeypatch, slots, batches):
+    # 6 rows of at most 4 + 7 tokens; one is sampled even where there is no room for it.
+    policy, prompt_ids, seeds = make_model(), [[1, 5, 9], [1, 7], [1, 5, 9, 11]], list(range(6))
+    expected, calls = sample_responses(policy, prompt_ids, seeds, Sampling(7), Ranks()), []
+    monkeypatch.setattr(rollouts, "cache_slots", lambda model, most: min(most, slots))
+    monkeypatch.setattr(rollouts, "generate", lambda *args, **flags: calls.append(1) or
+                        generate(*args, **flags))
+    assert sample_responses(policy, prompt_ids, seeds, Sampling(7), Ranks()) == expected
+    assert len(calls) == batches
 
 
 def test_batch_metrics_by_hand():
