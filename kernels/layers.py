@@ -178,8 +178,8 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float,
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float,
              added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`rms_norm_torch`, on a GPU by the Triton kernels; ValueError there if they do not work."""
-    return (rms_norm_triton if x.is_cuda else rms_norm_torch)(x, weight, eps, added)
+    """`rms_norm_torch`; on a GPU with Triton by the kernels, ValueError if they do not work."""
+    return (rms_norm_triton if x.is_cuda and triton else rms_norm_torch)(x, weight, eps, added)
 
 
 # ---- rotary embedding ---------------------------------------------------------------------------
@@ -296,8 +296,8 @@ def rotary_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotary_torch`, on a GPU by the Triton kernel; ValueError there if it does not work."""
-    return (rotary_triton if q.is_cuda else rotary_torch)(q, k, cos, sin)
+    """`rotary_torch`; on a GPU with Triton by the kernel, ValueError if it does not work."""
+    return (rotary_triton if q.is_cuda and triton else rotary_torch)(q, k, cos, sin)
 
 
 # ---- SwiGLU -------------------------------------------------------------------------------------
@@ -396,5 +396,5 @@ def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu_torch`, on a GPU by the Triton kernels; ValueError there if they do not work."""
-    return (swiglu_triton if gate.is_cuda else swiglu_torch)(gate, up)
+    """`swiglu_torch`; on a GPU with Triton by the kernels, ValueError if they do not work."""
+    return (swiglu_triton if gate.is_cuda and triton else swiglu_torch)(gate, up)

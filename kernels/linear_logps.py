@@ -81,7 +81,7 @@ def logp_rows_torch_(logits: Tensor, labels: Tensor, num_policy: int, logps: Ten
 
 
 if triton is not None:
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_policy"])      # else compiled anew for 1, and for 16, 32, …
     def _logp_rows(logits, labels, logps, entropy, kl, num_policy, row_stride,
                    V: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_V: tl.constexpr,
                    WANT_ERROR: tl.constexpr, WANT_ENTROPY: tl.constexpr, WANT_KL: tl.constexpr):

@@ -195,7 +195,8 @@ def one_nccl_rank():
 
 
 def test_one_rank_over_nccl_sharded_or_not_has_the_gradient_of_a_process(one_nccl_rank):
-    # --fsdp is refused on one rank, so its parts are called here: the same gathers and reductions.
+    # --fsdp is refused on one rank, so its parts are called here. What NCCL sends is not among them:
+    # a group of one copies its shard.
     torch.manual_seed(0)
     small, step = small_step()
     losses = step()

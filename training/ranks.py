@@ -85,6 +85,10 @@ def own_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    found = torch.cuda.device_count()
+    if device.index >= found:
+        raise ValueError(f"local rank {device.index} has no GPU: there are {found}, so "
+                         f"--nproc_per_node={found}")
     torch.cuda.set_device(device)
     return device
 

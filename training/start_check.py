@@ -13,6 +13,7 @@ Allowed is twice the error of plain torch in the run's own dtype plus FLOOR, at 
 it takes 0.4 s on an H100, beside compiling the kernels, for which the first step would wait otherwise.
 generate.py is checked on a prompt. What is torch's own there, the attention of decoding, is not checked.
 """
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,7 +34,7 @@ WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}        # o
 FLOOR = {torch.bfloat16: 6e-3, torch.float32: 5e-5}
 MOST = 0.1
 LAYER_ROWS, HEAD_ROWS = 1024, 512
-SCORES = 2 ** 28                          # of plain attention: 1 GB in float32
+SCORES = 2 ** 28         # of plain attention, 1 GB in float32; longer trees are checked in part
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
@@ -88,6 +89,15 @@ def compare(name: str, function: Callable, plain: Callable, inputs: Sequence[Ten
     return worst
 
 
+def shortened(tree: Tree, most: int) -> Tree:
+    """The beginning of a tree, of at most so many tokens, of which its prompt gets half."""
+    prompt_ids, response_ids = tree.prompt_ids[:max(1, most // 2)], []
+    for ids in tree.response_ids:
+        room = most - len(prompt_ids) - sum(map(len, response_ids))
+        response_ids += [ids[:room]] if room > 0 else []
+    return Tree(prompt_ids, response_ids, tree.scores[:len(response_ids)], [])
+
+
 # ---- all of them --------------------------------------------------------------------------------
 
 def layer_errors(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor,
@@ -121,14 +131,16 @@ def check_start(model: Llama, trees: list[Tree], compute: Compute) -> dict[str, 
 
     model   a policy; or a reward model, of which the vocabulary's head is not checked
     """
-    group = pack(trees, compute.micro_tokens)[0]
+    group, config = pack(trees, compute.micro_tokens)[0], model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    if groups * sum(tree.num_tokens ** 2 for tree in group) > SCORES:    # even for one KV head
+        group = [shortened(group[0], math.isqrt(SCORES // groups))]
     stream = build_stream(group, compute.device, None, compute.attention)
-    config, layers, errors = model.config, model.model.layers, {}
+    layers, errors = model.model.layers, {}
     x = model.model.embed_tokens(stream.input_ids)                               # [T, D]
     cos, sin = (t.to(x)[:, None] for t in rotary_angles(
         stream.position_ids, config.head_dim, config.rope_theta, config.rope_factor,
         config.rope_llama3))
-    groups = config.num_attention_heads // config.num_key_value_heads
     some = max(1, SCORES // (groups * sum(tree.num_tokens ** 2 for tree in group)))   # kv heads
 
     def attend(number: int, q: Tensor, k: Tensor, v: Tensor, segments: object) -> Tensor:

@@ -143,6 +143,15 @@ def test_a_broken_triton_is_an_error_on_a_gpu_and_not_a_slower_run(monkeypatch):
                 function(*arguments)
 
 
+def test_where_triton_is_not_installed_a_gpu_runs_plain_torch(monkeypatch):
+    # `--kernels torch` promises it; that the default needs Triton, the log-probs' kernel says.
+    monkeypatch.setattr(layers, "triton", None)
+    with FakeTensorMode():
+        for function, by_torch, _, arguments in small_inputs("cuda"):
+            assert [t.shape for t in function(*arguments)] == [
+                t.shape for t in by_torch(*arguments)]
+
+
 def test_without_triton_the_module_still_works(tmp_path):
     # A machine without Triton (macOS): the import succeeds, torch runs, the error gives the reason.
     (tmp_path / "triton.py").write_text("raise ImportError('no wheel for this machine')\n")

@@ -218,6 +218,14 @@ def test_the_first_signal_waits_for_the_step_and_a_second_ctrl_c_does_not():
         assert stop.signal == signal.SIGINT
 
 
+def test_more_processes_than_gpus_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="local rank 2 has no GPU: there are 2, .*node=2"):
+        training.ranks.own_device()
+
+
 # ---- the schedule -------------------------------------------------------------------------------
 
 def test_learning_rate_warms_up_linearly_and_ends_on_a_cosine_at_zero():

@@ -16,12 +16,13 @@ import generate
 from files.cli import run_cli
 from kernels import linear_logps
 from kernels.attention import attention
-from packing import build_stream
+from packing import Tree, build_stream, pack
 from step import METHODS, Compute
 from training import start_check
 from training.output import changed_flags
 from training.start_check import check_start
 
+start_check_plain = start_check.plain_attention
 PARTS = ["RMSNorm", "rotary", "SwiGLU", "LoRA", "attention", "log-probs"]
 BREAKS = {      # a function of the file: what it returns, made wrong; which part the message names
     "attention": (lambda out: out * 1.2, "attention .dense, layer 1."),
@@ -166,6 +167,22 @@ def test_the_oracle_itself_follows_the_rule():
     torch.testing.assert_close(start_check.plain_attention(q, k, v, stream), expected.detach())
 
 
+def test_a_tree_too_long_for_one_head_is_compared_in_part(monkeypatch):
+    # 2 query heads share one of k: with room for 2 · 12² scores trees are cut to 12 tokens.
+    sizes = []
+    monkeypatch.setattr(start_check, "SCORES", 2 * 12 ** 2)
+    monkeypatch.setattr(start_check, "plain_attention", lambda q, *rest: sizes.append(len(q)) or
+                        start_check_plain(q, *rest))
+    assert list(check("dpo")) == PARTS and 0 < max(sizes) <= 12
+    tree = Tree(list(range(9)), [[1, 2, 3], [4, 5], [6]], [1.0, 0.0, 0.0], [(0, 1)])
+    assert start_check.shortened(tree, 10) == Tree(list(range(5)), [[1, 2, 3], [4, 5]], [1.0, 0.0], [])
+    assert start_check.shortened(tree, 6).response_ids == [[1, 2, 3]]
+
+
 def test_large_trees_are_compared_in_some_heads(monkeypatch):
-    monkeypatch.setattr(start_check, "SCORES", 1)
-    assert 0 < check()["attention"] < 1e-6
+    # Room for the scores of one of the two heads of k: the two query heads that share it.
+    heads, group = [], pack(usable(make_trees(), "all"), 60)[0]
+    monkeypatch.setattr(start_check, "SCORES", 2 * sum(tree.num_tokens ** 2 for tree in group))
+    monkeypatch.setattr(start_check, "plain_attention", lambda q, *rest: heads.append(q.shape[1]) or
+                        start_check_plain(q, *rest))
+    assert 0 < check()["attention"] < 1e-6 and set(heads) == {2}
