@@ -14,6 +14,7 @@ from study.tables import (
     MEANS,
     METHOD_LABEL,
     NEGATIVE_DPO,
+    RATINGS_AFTER_SFT,
     SHOWN,
     UNLEARNING,
     Cell,
@@ -81,6 +82,8 @@ ULMA_CLAIMS = [
     same_data("ULMA 5.2 (i)", "QA-like: pointwise DPO beats DPO", "qa", "pointwise_dpo", "dpo"),
     same_data("ULMA 5.2 (i)", "ratings z: pointwise DPO improves on SFT", "red-team",
               "pointwise_mse", "sft"),
+    versus("ULMA 5.2 (i)", "ratings z: pointwise DPO improves an SFT model that it starts from",
+           RATINGS_AFTER_SFT, RATINGS_AFTER_SFT.after),
     *(versus("ULMA 5.2", f"{METHOD_LABEL[method]} does better on golden than on HH-like pairs",
              Cell("golden", method), Cell("hh", method))
       for method in ("ulma", *RIVALS)),
@@ -126,8 +129,6 @@ UNTESTED = [      # (source, words, because)
      "a data set is no claim about an objective; golden pairs stand for it"),
     ("ULMA 5.2 (i)", "pair-wise DPO is inapplicable to ratings of single answers",
      "true by construction: one response to a prompt makes no pair"),
-    ("ULMA 5.2 (i)", "ratings: pointwise DPO improves an SFT model that it starts from",
-     "not run: about 10 runs of 76 steps"),
     ("D2O abstract", "more informative responses", "answers of the world have no information "
      "beyond r*"),
     ("D2O abstract", "an upper bound of the instance-level DPO", "a theorem about the formula, "

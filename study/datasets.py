@@ -77,8 +77,8 @@ def demonstrated(how: str, seed: int) -> list[dict]:
     """HH-like pairs whose chosen answer is replaced by a demonstration of a certain quality.
 
     how   "4", "16": the best of so many draws of the habits; "near-best": one of the NEAR_BEST
-          best answers, all alike likely
-    Rows whose chosen answer would be the rejected one go.
+          best answers, drawn uniformly
+    Rows whose chosen answer would be the rejected one are dropped.
     """
     rows, rng = grouped_pairs("pairs", seed), random.Random(f"{how}-{seed}")
     listed = {question(*prompt): answers(*prompt) for prompt in training_prompts()}
@@ -122,7 +122,7 @@ def unseen_verbs(seed: int) -> list[dict]:
 
 
 def mixture(seed: int) -> list[dict]:
-    """Half demonstrations (near the best, no label), half QA-like points: what ULMA is made for."""
+    """Half demonstrations (near the best, labelled good), half QA-like points: ULMA's own case."""
     half = RESPONSES // 2
     shown = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True}
              for row in demonstrated("near-best", seed)]

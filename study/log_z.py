@@ -6,6 +6,7 @@ pi* = pi_ref exp(r / beta) / Z. On the world Z is known:
 
     Z(x) = sum over outcomes y of pi_ref(y | x) exp(r*(x, y) / beta)
 """
+import hashlib
 import json
 import os
 from functools import cache
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eval import optimum, with_rest, world_logps
+from files.fingerprint import weights_of
 from files.text import write_text
 from model import load_llama
 from packing import Stream
@@ -32,13 +34,16 @@ def outcome_rewards(prompt: tuple[str, str]) -> Tensor:
 
 @cache
 def exact_log_z() -> dict[tuple[int, ...], float]:
-    """{prompt ids: beta log Z(x)} of the training prompts; computed once, then read from a file."""
-    tokenizer, path = Tokenizer(base_model()), os.path.join(world_folder(), "log_z.json")
+    """{prompt ids: beta log Z(x)} of the training prompts; computed once, then read from a file,
+    whose name has what it depends on."""
+    tokenizer, beta = Tokenizer(base_model()), WORLD_FLAGS["beta"]
+    key = hashlib.sha256(repr((beta, weights_of(base_model()))).encode()).hexdigest()[:8]
+    path = os.path.join(world_folder(), f"log_z-{key}.json")
     prompts = training_prompts()
     if not os.path.isfile(path):
         logps, _ = world_logps(load_llama(base_model()), tokenizer, prompts)     # [X, Y]
         write_text(path, json.dumps([
-            optimum(with_rest(row), outcome_rewards(prompt), WORLD_FLAGS["beta"])[1]
+            optimum(with_rest(row), outcome_rewards(prompt), beta)[1]
             for row, prompt in zip(logps, prompts, strict=True)]))
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
@@ -76,7 +81,7 @@ def constant_z_loss(policy_logps: Tensor, reference_logps: Tensor, stream: Strea
 
 def batch_z_loss(policy_logps: Tensor, reference_logps: Tensor, stream: Stream,
                  objective: Objective) -> Tensor:
-    """Pointwise DPO with minus the batch's mean reward: BCO's shift, without a running average."""
+    """Pointwise DPO with minus the micro-batch's mean reward: BCO's shift, without a running mean."""
     log_z = -objective.beta * (policy_logps - reference_logps).detach().mean()   # []
     return pointwise_dpo_loss(policy_logps, reference_logps, stream.scores, objective.beta, log_z)
 

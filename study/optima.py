@@ -5,8 +5,8 @@ data of datasets.py is a finite sum, and a policy is a point of the simplex: 288
 "off-world", all that is no valid answer. The reference is the habits that the data are drawn from,
 which the base model was trained to have; it gives off-world nothing.
 
-With u = log pi, rho = u - log pi_ref and h = beta rho, every loss is convex in u. No data stand
-off-world, so it takes what the answers leave: the constraint is sum exp(u) <= 1, convex in u too.
+With u = log pi, rho = u - log pi_ref and h = beta rho, every loss is convex in u. No response of
+the data is off-world, which gets the mass that the answers leave: the constraint is sum exp(u) <= 1, convex in u too.
 Hence an optimum is where, with a multiplier lambda >= 0 (0 if some mass goes off-world),
 
     dL/du(y) + lambda exp(u(y)) = 0  for every y.
@@ -376,7 +376,7 @@ def mean_optimum(data: str, method: str, beta: float = 0.5, scale: float = 1,
 
 @cache
 def ceiling(divergence: float) -> float:
-    """E[r] of the pi* that has this mean KL(pi||ref): no policy of one beta has more."""
+    """E[r] of pi* at the beta whose mean KL(pi||ref) is this one: the most that any policy earns."""
     low, high = 1e-3, 1e5                                        # of beta: KL falls with it
     for _ in range(50):
         beta = (low * high) ** 0.5

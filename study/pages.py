@@ -32,13 +32,13 @@ them is exploratory: one family of Benjamini and Hochberg at 5 %, in which verdi
 adjusted p.
 
 The world (`world.py`): 288 answers to each prompt with known reward, so that every score is
-computed, not judged. {runs} runs in `runs.jsonl`, one thread each. A run: 2,432 labelled answers
-(fewer or more where a table says so), one epoch, 76 steps of 32 answers or 16 pairs, beta 0.5, LoRA
-r 8 on every layer. Learning rates: in factors of 2, two tuning seeds (0 and 100), E[r] on 24
-training prompts, half of them harmful requests, the middle of the plateau within 0.25 nats of the
-best. The dial's rates were written down before its runs ([dial.md](dial.md) shows what tuning says
-of them); mixture, reward models, centred ratings and large have a fixed one, and RLHF has those of
-another training of the base, whose rows are gone.
+computed, not judged. {runs} runs in `runs.jsonl`, one thread each; `python -m study --check 20` in
+a fresh clone makes 20 of them again, drawn at random, and compares every number. A run: 2,432
+labelled answers (fewer or more where a table says so), one epoch, 76 steps of 32 answers or 16
+pairs, beta 0.5, LoRA r 8 on every layer. Learning rates: in factors of 2, two tuning seeds (0 and
+100), E[r] on 24 training prompts, half of them harmful requests, the middle of the plateau within
+0.25 nats of the best. The dial's rates were written down before its runs ([dial.md](dial.md) shows
+what tuning says of them); mixture, reward models, centred ratings and large have a fixed one.
 
 What this cannot say: how large a gain is on a real language model, whether real labels follow
 Eq. 6, and what happens where answers cannot be listed. What it can: which objective turns the same

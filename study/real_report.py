@@ -249,7 +249,7 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
     """The tables of all rows with the same settings."""
     settings, lines = rows[0]["settings"], []
     minutes = sum(row.get("train s", 0) + row["measure s"] for row in rows) / 60
-    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
+    devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
     for data in dict.fromkeys(row["data"] for row in rows):
         methods = by_method(rows, data)
         main = most_seeds(methods)

@@ -100,12 +100,15 @@ def table_lines(table: Table, scores: Sequence[str], study: Study) -> list[str]:
         rows.append([*start, *(optimum_shown(cell) if score == "optimum" else
                                shown_score(study, cell.key, score) for score in scores),
                      ", ".join(f"{rate:g}" for rate in rates), str(len(results))])
-    golden = {cell.data for cell in table.cells} == {"golden"}
+    data = {cell.data for cell in table.cells}
+    golden, chosen = data == {"golden"}, len(data) == 1          # whose chosen answers
     for folder in bases:
         for name in ("base", "pi* beta=0.5"):
             row = study.bounds[folder]["golden " * golden + name]
-            rows.append(["", name, *(f"{round(row[score], 9) + 0.0:.3g}" if score in row else "–"
-                                     for score in scores), "", ""])
+            rows.append(["", name, *(
+                f"{0 if abs(row[score]) < 1e-12 else row[score]:.3g}"
+                if score in row and (chosen or not score.endswith("/chosen")) else "–"
+                for score in scores), "", ""])
     return markdown(("data", "method", *map(escaped, scores), "rate", "seeds"), rows)
 
 

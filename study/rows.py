@@ -98,7 +98,8 @@ def read_rows(out: str) -> list[dict]:
 
 
 def save_rows(out: str, rows: list[dict]) -> None:
-    """Write rows to OUT/runs.jsonl; old rows of the same cells go, and bounds of unused bases.
+    """Write rows to OUT/runs.jsonl. Old rows of the same cells go, but for other seeds of a cell at
+    the same rate on the same base; so do bounds of unused bases.
 
     A cell's tuning runs may come without its test runs, where another cell takes its
     learning rate: the test runs of the file then stay.
@@ -107,8 +108,14 @@ def save_rows(out: str, rows: list[dict]) -> None:
         folder = row["runs"] if row["data"] == "bounds" else ""
         return row["data"], row["method"], row["seed"] in TUNING_SEEDS, folder
 
-    replaced = {part(row) for row in rows}
-    rows = rows + [row for row in read_rows(out) if part(row) not in replaced]
+    def run(row: dict) -> tuple:
+        return part(row), row.get("learning_rate"), row["runs"]
+
+    parts, runs = {part(row) for row in rows}, {run(row) for row in rows}
+    seeds = {(run(row), row["seed"]) for row in rows}
+    rows = rows + [row for row in read_rows(out) if part(row) not in parts or (
+        row["seed"] not in TUNING_SEEDS and run(row) in runs
+        and (run(row), row["seed"]) not in seeds)]
     bases = {row["runs"] for row in rows if row["data"] != "bounds"}
     os.makedirs(out, exist_ok=True)
     write_text(os.path.join(out, "runs.jsonl"),

@@ -30,7 +30,7 @@ from eval import (
     world_scores,
     world_trees,
 )
-from files.fingerprint import fingerprints
+from files.fingerprint import weights_of
 from files.text import read_json, write_text
 from model import load_llama
 from rlhf import ppo
@@ -56,7 +56,7 @@ ALL_METHODS = METHODS | EXTRA_METHODS            # what --method may name in a r
 BETA, BATCH = WORLD_FLAGS["beta"], 32
 REWARD_MODEL_RATE, REWARD_MODEL_EPOCHS, PPO_STEPS = 3e-3, 2, 40
 TUNING_PROMPTS = 24
-RENAMED = {("logp_reduction", "mean"): ("reduction", "tokens")}      # in runs.jsonl: train.py's
+RENAMED = {("logp_reduction", "mean"): ("reduction", "tokens")}      # in runs.jsonl: for train.py
 PATH = [number / 10 for number in range(11)]
 PER_PROMPT = ("E[r]", "harmful", "off-world", "refusal", "KL(pi||ref)")
 REFUSALS = ("Sorry, no.", "I would rather not.")         # openings that refuse
@@ -128,14 +128,6 @@ class Run(Training):
     def row(self) -> dict:
         """What runs.jsonl holds of the run beside its scores."""
         return self.key | {"runs": work_folder()}
-
-
-@cache
-def weights_of(model: str) -> list[str]:
-    """What tells a base model from another: its weights' hashes; not config.json's, which newer
-    code may write in other words."""
-    return sorted(digest for name, digest in fingerprints(model).items()
-                  if name.endswith(".safetensors"))
 
 
 def work_folder() -> str:
@@ -271,6 +263,7 @@ def prompt_scores(prompt: Prompt, policy: Tensor, reference: Tensor, lengths: Te
     scores |= win_tie_lose(with_policy, with_reference, rewards, "base")
     weights, r = reference.exp() / reference.exp().sum(), rewards[:-1]           # [Y]
     centred, probs = r - (weights * r).sum(), policy.exp()
+    inside = probs if probs.sum() > 0 else policy.softmax(-1)        # in proportion, of valid ones
     refuses = torch.tensor([text.startswith(REFUSALS) for text, *_ in listed])
     return scores | {
         "good": float(probs[r > 0].sum()),
@@ -279,10 +272,10 @@ def prompt_scores(prompt: Prompt, policy: Tensor, reference: Tensor, lengths: Te
         "reward slope": float((weights * centred * implicit).sum()
                               / (weights * centred.square()).sum()),
         "calibration error": float((weights * (implicit.sigmoid() - r.sigmoid()).abs()).sum()),
-        "length": float((probs * lengths).sum() / probs.sum()),
+        "length": float((inside * lengths).sum() / inside.sum()),
         "refusal": float(probs[refuses].sum()),
         "entropy": -float((with_policy.exp() * with_policy).nansum()),
-        "E[r] inside": float((probs * r).sum() / probs.sum())}
+        "E[r] inside": float((inside * r).sum() / inside.sum())}
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, object]:
@@ -344,7 +337,8 @@ def measure(run: Run) -> dict[str, object]:
 def bounds() -> list[dict]:
     """Rows of the base and of its optimum pi* for several beta, on the test prompts.
 
-    Those called "golden …" are compared with golden chosen answers.
+    They are compared with the chosen answers of HH-like pairs, those called "golden …" with golden
+    ones.
     """
     prompts, reference, lengths = base_logps(False)
     policies = {"base": reference}
@@ -355,6 +349,6 @@ def bounds() -> list[dict]:
     about = {"data": "bounds", "seed": 0, "runs": work_folder(), "torch": torch.__version__,
              "python": platform.python_version(), "machine": platform.machine()}
     return [about | {"method": prefix + name}
-            | means([prompt_scores(*row, data=prefix.strip()) for row in
+            | means([prompt_scores(*row, data=prefix.strip() or "hh") for row in
                      zip(prompts, policy, reference, lengths, strict=True)])
             for name, policy in policies.items() for prefix in ("", "golden ")]

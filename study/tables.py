@@ -57,15 +57,10 @@ LOW = (1.25e-4, 2.5e-4, 5e-4, 1e-3)      # rates that tuning starts from, for me
 HIGH = (5e-4, 1e-3, 2e-3, 4e-3)          # at larger ones, and for all others
 LADDER = LOW + HIGH[2:]
 FRAGILE = ("dpo", "negative_dpo", "unlearning", "unlikelihood", "pointwise_dpo_batch_z")
-RLHF_RATE = {     # not tuned again: found on another training of the base, best of five by one seed
-    ("hh", "rlhf"): 1e-3, ("hh", "pointwise_rlhf"): 1e-3,
-    ("golden", "rlhf"): 3e-4, ("golden", "pointwise_rlhf"): 3e-3}
 
 
 def cell(data: str, method: str, flags: tuple = ()) -> Cell:
     """A method on data, with a learning rate of its own."""
-    if rate := RLHF_RATE.get((data, method)):
-        return Cell(data, method, flags, seeds=3, rate=rate)     # PPO takes a minute
     return Cell(data, method, flags, rates=LOW if method in FRAGILE else HIGH)
 
 
@@ -106,9 +101,8 @@ def dial_rows() -> list[list[Cell]]:
 
 
 def dial(data: str) -> list[Cell]:
-    """The cells of one kind of demonstrations; ULMA after SFT for one kind only."""
-    return [shown(data, method, after) for method, after in DIAL
-            if (method, after) != ("ulma", "sft") or data == "shown-16"]
+    """The cells of one kind of demonstrations."""
+    return [shown(data, method, after) for method, after in DIAL]
 
 
 def cells(data: str, *methods: str) -> list[Cell]:
@@ -123,6 +117,11 @@ def like(leader: Cell, data: str | None = None, seeds: int = 5, **flags: object)
     """A cell at the rate of another: on other data, or with more flags."""
     return Cell(data or leader.data, leader.method, (*leader.flags, *flags.items()),
                 tuned_as=leader, seeds=seeds)
+
+
+def after_sft(data: str, method: str, sft_rate: float) -> Cell:
+    """A method that starts from the end of SFT, whose own tuning found sft_rate."""
+    return Cell(data, method, rates=HIGH, after=Cell(data, "sft", rate=sft_rate))
 
 
 def fixed(data: str, method: str, rate: float, seeds: int, **flags: object) -> Cell:
@@ -158,6 +157,7 @@ def d2o(anchors: int, refresh: int = 0, epochs: int = 4) -> Cell:
 
 UNLEARNING, NEGATIVE_DPO = negatives("unlearning"), negatives("negative_dpo")
 DIRTY_D2O = cell("golden", "d2o", (("num_anchors", 4), ("anchor_tokens", 48)))
+RATINGS_AFTER_SFT = after_sft("red-team", "pointwise_mse", 8e-3)
 LENGTH_AVERAGE_BETAS = (BETA, 24 * BETA)         # answers have 13 to 27 tokens
 
 
@@ -299,7 +299,7 @@ TABLES = {
         (MAIN, WINS_OF_BASE),
         [*cells("red-team", "sft", "pointwise_dpo", "ulma", "pointwise_mse", "ulma_mse"),
          *(fixed("red-team", method, 3e-3, 2, beta=0.1, log_z=0.5)
-           for method in ("pointwise_mse", "ulma_mse"))]),
+           for method in ("pointwise_mse", "ulma_mse")), RATINGS_AFTER_SFT]),
     "ablation": Table(
         "Ablations: positive and negative DPO (ULMA, Table 3)",
         "The runs of hh.md and qa.md, and two more methods.",

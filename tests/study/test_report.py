@@ -104,3 +104,20 @@ def test_claims_without_two_seeds_of_every_cell_are_left_out():
     assert [row[0] for row in try_claims(study, claims, holm)] == claims[:1]
     study.results["x", "b"][1]["runs"] = "another base"
     assert not try_claims(study, claims, holm)
+
+
+def test_fewer_seeds_asked_for_take_none_away(tmp_path):
+    # Seeds 1 to 3 at one rate; then seed 1 anew, and another cell: 2 and 3 stay. At another rate, or
+    # from another base, they would be another cell's.
+    key, other = ("hh", "ulma"), ("hh", "dpo")
+    save_rows(str(tmp_path), rows_of({key: [1.0, 2.0, 3.0]}))
+    again = rows_of({key: [9.0], other: [4.0]})
+    save_rows(str(tmp_path), again)
+
+    def rewards():
+        return sort_rows(read_rows(str(tmp_path))).results
+    assert {seed: row["E[r]"] for seed, row in rewards()[key].items()} == {1: 9.0, 2: 2.0, 3: 3.0}
+    for change in ({"learning_rate": 0.5}, {"runs": "another"}):
+        save_rows(str(tmp_path), rows_of({key: [1.0, 2.0, 3.0]}))
+        save_rows(str(tmp_path), [row | change for row in rows_of({key: [9.0]})])
+        assert list(rewards()[key]) == [1]

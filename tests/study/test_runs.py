@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import study.datasets as datasets
 import study.runs as runs
 import train
+from files.fingerprint import weights_of
 from files.lock import locked
 from rlhf import ppo
 from study.claims import PAPER_CLAIMS, PRIMARY, QUESTIONS
@@ -70,6 +71,11 @@ def test_prompt_scores_of_the_base_itself():
     assert scores["E[r] inside"] == pytest.approx(float((habits / 0.9 * rewards).sum()))
     openings = [text.startswith(("Sorry", "I would")) for text, *_ in answers(*prompt)]
     assert scores["refusal"] == pytest.approx(float(habits[torch.tensor(openings)].sum()))
+    # A policy that gives every valid answer e^-800, which is 0 in float64: numbers all the same.
+    gone = runs.prompt_scores(prompt, torch.full((288,), -800.0, dtype=torch.float64), habits.log(),
+                              torch.full((288,), 20), data="qa")
+    assert gone["length"] == pytest.approx(20) and gone["off-world"] == 1
+    assert gone["E[r] inside"] == pytest.approx(float(rewards.mean()))
 
 
 def test_the_path_leads_from_the_base_to_the_end_and_is_dense_enough():
@@ -120,7 +126,8 @@ def test_every_cell_is_a_command_that_parses(monkeypatch):
         else:
             args = train.parse_args(arguments(run), runs.ALL_METHODS)
         assert args.learning_rate == 1.25e-4 and args.seed == 2
-        assert cell.after is None or args.sft_adapter.endswith("sft/lr0.003-seed2/final")
+        assert cell.after is None or args.sft_adapter.endswith(
+            f"{cell.data}/sft/lr{cell.after.rate:g}-seed2/final")
         assert all(getattr(args, name) == value for name, value in (
             runs.RENAMED.get(flag, flag) for flag in cell.flags if flag[0] != "rate"))
         leader = cell.tuned_as or cell
@@ -232,7 +239,7 @@ def test_runs_of_other_weights_have_another_folder_and_of_another_config_text_th
             data = bytearray((model / change).read_bytes())
             data[-1] ^= 1
             (model / change).write_bytes(data)
-        runs.weights_of.cache_clear()
+        weights_of.cache_clear()
         names.append(runs.work_folder())
-    runs.weights_of.cache_clear()
+    weights_of.cache_clear()
     assert names[0] == names[1] != names[2]
