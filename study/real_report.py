@@ -193,10 +193,10 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
     differ = sum(abs(value) > half for value, half in gaps.values())
     compared = ["- No two methods to compare."]
     if gaps:
-        most = max(gaps, key=lambda pair: abs(gaps[pair][0]))
+        most = max(gaps, key=lambda pair: abs(gaps[pair][0]) / (gaps[pair][1] or math.inf))
         compared = [f"- Of {len(gaps)} differences in accuracy between two methods, on the same "
                     f"pairs, {differ} are beyond their interval, {len(gaps) / 20:.1f} would be by "
-                    f"chance; the largest: {most[0]} - {most[1]} {number(*gaps[most])}."]
+                    f"chance; the clearest: {most[0]} - {most[1]} {number(*gaps[most])}."]
     return [f"- Implicit reward better than chance: {names(above)}; worse than chance: "
             f"{names(below)}; better than the shorter answer: {names(length)}.",
             f"- By the judge, answers better than the base's: {names(better)}; worse: "
