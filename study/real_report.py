@@ -326,7 +326,7 @@ def draw(out: str, rows: list[dict], file: str) -> str | None:
         return None
     base = methods.pop(("base", 0))[0]
     several = len({rate for _, rate in methods}) > 1
-    names = [fill(label(method) + f", {rate:g}" * several, 22) for method, rate in methods]
+    names = [fill(label(method) + f", {rate:g}" * several, 28) for method, rate in methods]
     figure, axes = plt.subplots(2, 2, figsize=(11, 3 + 0.6 * len(names)), layout="constrained")
     places = range(len(names))[::-1]
     for axis, score, line, title in (
