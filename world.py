@@ -12,7 +12,6 @@ model (a Hugging Face folder, trained from random weights by train.py itself) an
 
     python world.py            build or find it, and print what it is like
 """
-import argparse
 import hashlib
 import itertools
 import json
@@ -28,7 +27,7 @@ from typing import Any
 import sentencepiece
 import torch
 
-from files.cli import Parser, run_cli
+from files.cli import Help, Parser, run_cli
 from files.lock import locked
 from files.text import remove_leftovers, write_text
 from model import Llama, LlamaConfig, save_llama
@@ -304,7 +303,7 @@ def ensure_world() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Build the world, or find it, and print what it is like."""
-    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(description=__doc__, formatter_class=Help).parse_args(argv)
     ensure_world()
     verb, thing = held_out_prompts()[0]
     listed = sorted(answers(verb, thing), key=lambda answer: -answer[1])

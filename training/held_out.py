@@ -115,10 +115,10 @@ def measure_objective(model: Llama, reference: Reference | None, trees: list[Tre
     """`measure`, and the objective with log_z of bco and kto, which a step estimates from training
     data, estimated from these."""
     held, estimate = measure(model, reference, trees, compute, ranks, in_step), 0.0
-    others = mismatched_trees(trees, max_length)             # none of a single prompt
     if objective.method.log_z == "running":
         estimate = -objective.beta * mean_logratio(held, objective)
-    elif objective.method.log_z == "mismatched" and others:
+    elif objective.method.log_z == "mismatched" and (
+            others := mismatched_trees(trees, max_length)):  # none of a single prompt
         unrelated = measure(model, reference, others, compute, ranks, in_step)
         estimate = -objective.beta * max(0.0, mean_logratio(unrelated, objective))
     return held, replace(objective, log_z=objective.log_z + estimate)
