@@ -252,7 +252,9 @@ def main() -> int:
                     "--tokenizer", os.path.abspath(given[1])]
         else:
             data = write_stand_in(folder)
-        report = {"command": "python bench/gpu.py" + " --dry-run" * args.dry_run, **found,
+        command = ["python bench/gpu.py", *["--dry-run"] * args.dry_run,
+                   *(["--only", *args.only] if args.only != names else [])]
+        report = {"command": " ".join(command), **found,
                   "data": os.path.basename(data[1]) if len(given) == 2 else "a stand-in for HH",
                   "started": time.strftime("%Y-%m-%d %H:%M"), "stages": []}
         print(f"{found['gpu'] if not args.dry_run else 'CPU, a dry run'}, torch {found['torch']}, "

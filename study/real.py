@@ -8,11 +8,10 @@
    held out, a third that only the judge, a reward model, is trained on.
 2. Every run trains one method on the same --pairs pairs with train.py, is measured
    (real_scores.py), and adds one line to OUT/real.jsonl; then the page is written anew.
-3. Stages: `first`, seven methods at one rate, one seed; `more`, ULMA from an SFT adapter and D2O;
-   `rates`, every rate of RATES with seed 0, measured on the tuning pairs alone; `seeds`, seeds 1 to
-   3 at the rate with the best accuracy there; `qa`, the first methods on QA-feedback.
+3. The stages are `first`, `more`, `rates`, `seeds` and `qa`: see real_plan.py.
 
-A finished run is not trained again: stop this and start it as often as you like.
+A finished run is not trained again: stop this and start it as often as you like. With --workers N
+so many runs go side by side, each as soon as what it reads is there.
 """
 if __name__ == "__main__":
     from files.interrupt import catch_interrupts
@@ -39,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--qa_pairs", type=int, default=96, help="--pairs for QA-feedback")
     flag("--qa_max_length", type=int, default=1024, help="--max_length for QA-feedback")
     flag("--bf16", action="store_true", help="train in bfloat16")
+    flag("--workers", type=int, default=1, help="runs side by side, on one GPU or on a CPU's cores")
     flag("--out", default="results", help="folder of real.jsonl, real.md and figures")
     flag("--work", default="runs/real", help="folder of data and runs")
     flag("--report", action="store_true", help="train nothing; write the page from OUT/real.jsonl")
@@ -52,9 +52,13 @@ import json
 import math
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stdout
+from functools import cache, cached_property, partial
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -66,72 +70,13 @@ from model import Llama, load_llama
 from step import METHODS, tree_rewards
 from study import real_scores as measuring
 from study.real_data import BATCH, BETA, Data
-from study.real_report import label, newest, write_page
-from study.runs import Cell, Training
+from study.real_plan import (INSTRUCTIONS, STAGES, TUNING_SEED, base_run, judge_run, next_run,
+                             not_run, sft_of, waiting_runs)
+from study.real_report import write_page
+from study.runs import Training, end_with_parent
 from tokenizer import Tokenizer
 from training.checkpoint import load_run
 from training.flags import WORLD_FLAGS
-
-RATES = (1e-4, 3e-4, 1e-3)
-MIDDLE, TUNING_SEED, SEEDS = RATES[1], 0, (1, 2, 3)
-FIRST = ("dpo", "ulma", "sft", "pointwise_dpo", "unlikelihood", "unlearning", "kto")
-ANCHORS = (("num_anchors", 3),)
-INSTRUCTIONS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "moral_instructions.txt")
-MORE = (Cell("hh", "ulma", (("sft_adapter", "SFT"),)), Cell("hh", "d2o", ANCHORS),
-        Cell("hh", "d2o", (*ANCHORS, ("anchor_instructions", "ours"))),
-        Cell("hh", "d2o", (*ANCHORS, ("refresh_anchors", 16))))
-STAGES = {"first": [Cell("hh", method) for method in FIRST], "more": list(MORE),
-          "rates": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
-          "seeds": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
-          "qa": [Cell("qa", method) for method in FIRST]}
-
-
-# ---- the plan -----------------------------------------------------------------------------------
-
-def base_run(data: str) -> Training:
-    """The base model, which is only measured."""
-    return Training(Cell(data, "base"), 0, 1)
-
-
-def judge_run(data: str) -> Training:
-    return Training(Cell(data, "reward_model"), MIDDLE, 1)
-
-
-def best_rate(cell: Cell, rows: list[dict]) -> float:
-    """The rate with the best accuracy on the tuning pairs; the middle one until all are run."""
-    accuracy = {row["learning_rate"]: row.get("accuracy", 0) for row in rows if row["seed"] ==
-                TUNING_SEED and (row["data"], row["method"]) == (cell.data, cell.name)}
-    return max(RATES, key=accuracy.get) if set(RATES) <= set(accuracy) else MIDDLE
-
-
-def plan(stage: str, rows: list[dict]) -> list[Training]:
-    """The runs of a stage, in order; those of `seeds` take the rate that `rates` found."""
-    cells = STAGES[stage]
-    before = [judge_run(cells[0].data), base_run(cells[0].data)]
-    if stage == "rates":
-        return before + [Training(cell, rate, TUNING_SEED) for cell in cells for rate in RATES]
-    if stage == "seeds":
-        return before + [Training(cell, best_rate(cell, rows), seed)
-                         for seed in SEEDS for cell in cells]
-    return before + [Training(cell, MIDDLE, 1) for cell in cells]
-
-
-def not_run(rows: list[dict]) -> list[str]:
-    """Sentences: what of every stage has no line yet, and how long it would take."""
-    rows = newest(rows)
-    keys = [{key: row[key] for key in base_run("hh").key} for row in rows]
-    trained = [row for row in rows if row.get("train s") and row["seed"] != TUNING_SEED]
-    each = sum(row["train s"] + row["measure s"] for row in trained) / max(1, len(trained))
-    sentences = []
-    for stage in STAGES:
-        runs = [run for run in plan(stage, rows) if run.key not in keys]
-        if runs:
-            names = dict.fromkeys(label(run.cell.name) for run in runs)
-            sentences.append(f"- `{stage}`: {len(runs)} runs ({'; '.join(names)})" + (
-                f", about {len(runs) * each / 60:.0f} minutes at the pace of those above"
-                if stage != "qa" else ", whose pairs have about five times the tokens"))
-    return sentences
-
 
 # ---- a run --------------------------------------------------------------------------------------
 
@@ -145,16 +90,20 @@ def machine() -> str:
     return f"{(names or [platform.machine()])[0]}, {threads} thread{'s' * (threads > 1)}"
 
 
+def rows_file(out: str) -> str:
+    return os.path.join(out, "real.jsonl")
+
+
 def read_rows(out: str) -> list[dict]:
-    return [json.loads(line) for line in whole_lines(os.path.join(out, "real.jsonl"))]
+    return [json.loads(line) for line in whole_lines(rows_file(out))]
 
 
 class Study:
-    """Executes runs, one after the other, and keeps OUT/real.jsonl and OUT/real.md."""
+    """Executes runs of one command line."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.tokenizer = args, Tokenizer(args.model)
-        self.data, self.start, self.executed = {}, time.perf_counter(), 0
+        self.data = {}
 
     def of(self, name: str) -> Data:
         if name not in self.data:
@@ -165,18 +114,11 @@ class Study:
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    # rows
-
-    def rows(self) -> list[dict]:
-        return read_rows(self.args.out)
-
-    @property
-    def rows_file(self) -> str:
-        return os.path.join(self.args.out, "real.jsonl")
-
-    def row_of(self, run: Training) -> dict | None:
-        wanted = run.key | {"settings": self.of(run.cell.data).settings}
-        return next((row for row in self.rows() if wanted.items() <= row.items()), None)
+    def rows_of(self, stages: Sequence[str]) -> list[dict]:
+        """The rows with this command's settings, of the data of these stages."""
+        names = {STAGES[stage][0].data for stage in stages}
+        return [row for row in read_rows(self.args.out) if row["data"] in names
+                and row["settings"] == self.of(row["data"]).settings]
 
     # training
 
@@ -201,17 +143,14 @@ class Study:
         if "anchor_instructions" in flags:
             flags["anchor_instructions"] = INSTRUCTIONS
         if "sft_adapter" in flags:
-            flags["sft_adapter"] = os.path.join(self.folder(self.sft_of(run)), "final")
+            flags["sft_adapter"] = os.path.join(self.folder(sft_of(run)), "final")
         argv = [part for name, value in flags.items()
                 for part in (f"--{name}", *str(value).split(" "))]
         return argv + ["--bf16"] * self.args.bf16
 
-    def sft_of(self, run: Training) -> Training:
-        return Training(Cell(run.cell.data, "sft"), run.learning_rate, run.seed)
-
     def train(self, run: Training) -> None:
         if "sft_adapter" in dict(run.cell.flags):
-            self.train(self.sft_of(run))
+            self.train(sft_of(run))
         if run.learning_rate and not os.path.isdir(os.path.join(self.folder(run), "final")):
             train.main(self.arguments(run))
 
@@ -269,7 +208,6 @@ class Study:
         logps = measuring.all_logps(model, answers.trees)
         base = model if not run.learning_rate else self.model_of(base_run(name))[0]
         scores = measuring.answer_scores(answers, logps, measuring.all_logps(base, answers.trees))
-        self.train(judge_run(name))                      # where its row is there, not its folder
         judge = self.model_of(judge_run(name))[0]
         chosen = self.chosen_rewards(name, judge)[data.pairs["held-out"].first_of_trees, 0]
         rewards = measuring.judged(judge, answers)
@@ -286,15 +224,9 @@ class Study:
                                         self.of(name).prompts, self.args.new_tokens)
         return measuring.judged(judge, answers)
 
-    # the schedule
-
-    def execute(self, run: Training, left: int) -> None:
-        """Train and measure a run, add its line, write the page."""
+    def execute(self, run: Training) -> dict:
+        """Train and measure a run; returns its row."""
         start = time.perf_counter()
-        estimate = time_left(start - self.start, self.executed, self.executed + left)
-        print(f"\n==== {run.cell.data} {run.cell.name}, learning rate {run.learning_rate:g}, seed "
-              f"{run.seed}; {left} runs to go in this stage"
-              + f", {estimate}" * bool(self.executed), flush=True)
         data = self.of(run.cell.data)
         row = run.key | {"settings": data.settings, "sizes": data.sizes}
         try:
@@ -303,28 +235,81 @@ class Study:
             row |= self.measure(run)
         except FloatingPointError as error:              # this rate is too large for the method
             row["failed"] = str(error)
-        row |= {"measure s": round(time.perf_counter() - start - row.get("train s", 0), 1),
-                "torch": torch.__version__, "device": machine()}
-        write_text(self.rows_file, "".join(json.dumps(one) + "\n" for one in [*self.rows(), row]))
-        self.executed += 1
-        write_page(self.args.out, self.rows(), not_run(self.rows()))
-        print(f"accuracy {row.get('accuracy', math.nan):.3f} on {row.get('pairs', 0)} pairs",
-              flush=True)
+        side_by_side = f", {self.args.workers} runs side by side" * (self.args.workers > 1)
+        return row | {"measure s": round(time.perf_counter() - start - row.get("train s", 0), 1),
+                      "torch": torch.__version__, "device": machine() + side_by_side}
 
-    def execute_stages(self, stages: Sequence[str]) -> None:
-        for stage in stages:
-            data = STAGES[stage][0].data
-            rows = [row for row in self.rows()
-                    if (row["data"], row["settings"]) == (data, self.of(data).settings)]
-            runs = [run for run in plan(stage, rows) if not self.row_of(run)]
-            for number, run in enumerate(runs):
-                self.execute(run, len(runs) - number)
+
+# ---- the schedule -------------------------------------------------------------------------------
+
+@cache
+def study_of(argv: tuple[str, ...]) -> Study:
+    """The study of a command line, whose data a worker process reads once."""
+    return Study(build_parser().parse_args(argv))
+
+
+def execute(argv: tuple[str, ...], run: Training) -> dict:
+    """A run's row, in a worker process: what it prints goes to a file beside its folder."""
+    study = study_of(argv)
+    with open(study.folder(run) + ".log", "a", encoding="utf-8") as log, redirect_stdout(log):
+        return study.execute(run)
+
+
+class InThisProcess(Executor):
+    """Executes at once what it is given."""
+
+    def submit(self, function: Callable, /, *args: object) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def add_row(out: str, row: dict) -> None:
+    rows = [*read_rows(out), row]
+    write_text(rows_file(out), "".join(json.dumps(one) + "\n" for one in rows))
+    print(f"{row['data']} {row['method']}, {row['learning_rate']:g}, seed {row['seed']}: accuracy "
+          f"{row.get('accuracy', math.nan):.3f} on {row.get('pairs', 0)} pairs", flush=True)
+
+
+def execute_stages(stages: Sequence[str], study: Study, argv: tuple[str, ...]) -> None:
+    """Execute all runs of the stages that have no row; after each, add its row, write the page."""
+    out, workers = study.args.out, study.args.workers
+    start, executed, running = time.perf_counter(), 0, {}
+    for judge in {judge_run(STAGES[stage][0].data) for stage in stages}:
+        rows = study.rows_of(stages)
+        if waiting_runs(stages, rows, [judge]) and judge not in waiting_runs(stages, rows, []):
+            study.train(judge)                           # its row is there, its folder may not be
+    pool, call = InThisProcess(), study.execute
+    if workers > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
+        call = partial(execute, argv)
+    with pool:
+        while True:
+            waiting = waiting_runs(stages, study.rows_of(stages), running.values())
+            run = next_run(waiting, running.values())
+            if run and len(running) < workers:
+                left = len(waiting) + len(running)
+                estimate = time_left(time.perf_counter() - start, executed, executed + left)
+                print(f"\n==== {run.cell.data} {run.cell.name}, learning rate "
+                      f"{run.learning_rate:g}, seed {run.seed}; {left} runs to go"
+                      + f", {estimate}" * bool(executed), flush=True)
+                running[pool.submit(call, run)] = run
+                continue
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                add_row(out, future.result())
+                running.pop(future)
+                executed += 1
+            write_page(out, read_rows(out), not_run(read_rows(out)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = tuple(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
     check_ranges(args, ("pairs", "held_out", "answers", "new_tokens", "max_length", "qa_pairs",
-                        "qa_max_length"), {})
+                        "qa_max_length", "workers"), {})
     if unknown := sorted(set(args.stages) - set(STAGES)):
         raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(STAGES)}")
     stages = [stage for stage in STAGES if stage in (args.stages or STAGES)]
@@ -333,9 +318,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("the stage qa needs --qa FILE")
         stages = [stage for stage in stages if stage != "qa"]
     if not args.report:
-        file = os.path.join(args.out, "real.jsonl")
+        file = rows_file(args.out)
         with locked(file + ".lock", file):
-            Study(args).execute_stages(stages)
+            execute_stages(stages, Study(args), argv)
     rows = read_rows(args.out)
     if not rows:
         raise FileNotFoundError(f"{args.out}/real.jsonl: no run is finished yet")

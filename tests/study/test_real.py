@@ -8,10 +8,10 @@ import torch
 from conftest import ROOT, finish
 
 from data import Record
-from study import real, real_report, real_scores
-from study.real import best_rate, plan
+from study import real, real_plan, real_report, real_scores
 from study.real_data import fitting_pairs, split
-from study.real_scores import (calibration, distinct, length_balanced, length_matched,
+from study.real_plan import best_rate, next_run, plan, waiting_runs
+from study.real_scores import (NEUTRAL_TEXT, calibration, distinct, length_balanced, length_matched,
                                outcome_shares, refuses, standard_error)
 from study.runs import Cell, Training
 from tokenizer import Tokenizer
@@ -96,13 +96,37 @@ def test_pairs_that_would_be_cut_are_left_out(tmp_path, tiny_model):
 def test_seeds_take_the_rate_with_the_best_accuracy_once_all_are_run():
     cell = Cell("hh", "dpo")
     rows = [Training(cell, rate, 0).key | {"accuracy": accuracy} for rate, accuracy in
-            zip(real.RATES, (0.5, 0.6, 0.7), strict=True)]
-    assert best_rate(cell, rows[:2]) == real.MIDDLE and best_rate(cell, rows) == real.RATES[2]
-    rows[2] = Training(cell, real.RATES[2], 0).key | {"failed": "loss nan"}
-    assert best_rate(cell, rows) == real.RATES[1]
+            zip(real_plan.RATES, (0.5, 0.6, 0.7), strict=True)]
+    assert best_rate(cell, rows[:2]) == real_plan.MIDDLE and best_rate(cell, rows) == real_plan.RATES[2]
+    rows[2] = Training(cell, real_plan.RATES[2], 0).key | {"failed": "loss nan"}
+    assert best_rate(cell, rows) == real_plan.RATES[1]
     runs = plan("seeds", rows)
     assert [run.cell.method for run in runs[:2]] == ["reward_model", "base"]
-    assert {run.seed for run in runs[2:]} == set(real.SEEDS)
+    assert {run.seed for run in runs[2:]} == set(real_plan.SEEDS)
+
+
+def test_a_run_starts_when_the_runs_it_reads_are_over():
+    # Eight workers that are asked for a run again and again, and end in the order they began.
+    stages, rows, running, began = ("first", "more", "rates", "seeds"), [], [], []
+    while True:
+        run = next_run(waiting_runs(stages, rows, running), running)
+        if run and len(running) < 8:
+            running.append(run)
+            began.append((run, [row["method"] + str(row["seed"]) for row in rows]))
+        elif running:
+            done = running.pop(0)
+            rows.append(done.key | {"accuracy": done.learning_rate})     # the largest rate is best
+        else:
+            break
+    assert len(rows) == len({tuple(row.items()) for row in rows}) == 2 + 7 + 4 + 27 + 27
+    over = {run: before for run, before in began}
+    judge, base, *others = over
+    assert over[base] == ["reward_model1"] and all("base1" in over[run] for run in others)
+    after_sft = [run for run in others if run.cell.name == "ulma sft_adapter=SFT"]
+    assert len(after_sft) == 1 + 3 + 3
+    assert all(f"sft{run.seed}" in over[run] for run in after_sft)
+    tuned = [run for run in others if run.learning_rate == 1e-3 and run.seed]
+    assert len(tuned) == 27 and all(over[run].count(run.cell.name + "0") == 3 for run in tuned)
 
 
 def test_two_rates_are_compared_pair_by_pair():
@@ -181,11 +205,11 @@ def test_the_rate_with_the_most_seeds_stands_for_a_method():
 def tiny_study(tmp_path, tiny_model, pairs_file, monkeypatch):
     """tiny_study(*more): a study of two methods of each stage on a tiny model; its rows."""
     kept = {"first": slice(2), "rates": slice(-2, -1)}       # of `rates` ULMA from an SFT adapter
-    for stage, cells in real.STAGES.items():
-        monkeypatch.setitem(real.STAGES, stage, cells[kept.get(stage, slice(1))])
-    monkeypatch.setattr(real, "RATES", (1e-3, 3e-3))
-    monkeypatch.setattr(real, "MIDDLE", 1e-3)
-    monkeypatch.setattr(real, "SEEDS", (1, 2))
+    for stage, cells in real_plan.STAGES.items():
+        monkeypatch.setitem(real_plan.STAGES, stage, cells[kept.get(stage, slice(1))])
+    monkeypatch.setattr(real_plan, "RATES", (1e-3, 3e-3))
+    monkeypatch.setattr(real_plan, "MIDDLE", 1e-3)
+    monkeypatch.setattr(real_plan, "SEEDS", (1, 2))
     monkeypatch.setattr(real_scores, "NEUTRAL_TEXT", real_scores.NEUTRAL_TEXT[:1])
     monkeypatch.setattr(real_report, "pyplot", lambda: None)
 
@@ -221,6 +245,25 @@ def test_a_whole_study_goes_on_where_it_was_stopped(tiny_study, tmp_path):
     page = (tmp_path / "out/real.md").read_text()
     assert tiny_study("--report")[1].count("====") == 0
     assert (tmp_path / "out/real.md").read_text() == page
+
+
+def test_runs_side_by_side_have_the_rows_of_one_after_the_other(tiny_study, tmp_path, monkeypatch):
+    for name in ("RATES", "MIDDLE", "SEEDS"):            # a worker process has the real ones
+        monkeypatch.setattr(real_plan, name, {"RATES": (1e-4, 3e-4, 1e-3), "MIDDLE": 3e-4,
+                                              "SEEDS": (1, 2, 3)}[name])
+    monkeypatch.setattr(real_scores, "NEUTRAL_TEXT", NEUTRAL_TEXT)
+
+    def scores(rows):
+        return sorted(({key: value for key, value in row.items() if key not in
+                        ("train s", "measure s", "device")} for row in rows), key=str)
+    rows, _ = tiny_study("first", "--workers", 2)
+    assert [row["device"].endswith("2 runs side by side") for row in rows] == [True] * 4
+    (log,) = (tmp_path / "work").rglob("dpo-lr0.0003-seed1.log")
+    assert "loss" in log.read_text()
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "work")
+    again, _ = tiny_study("first")
+    assert scores(again) == scores(rows)
 
 
 def test_rows_whose_folders_are_gone_do_not_stop_the_study(tiny_study, tmp_path):
@@ -269,7 +312,7 @@ def test_the_page_and_the_samples_are_written_again_from_the_rows_alone(tmp_path
     monkeypatch.setattr(real_report, "draw", lambda out, rows, file:
                         file if rows[0]["data"] == "hh" else None)
     rows = real.read_rows(str(ROOT / "results"))
-    real_report.write_page(str(tmp_path), rows, real.not_run(rows))
+    real_report.write_page(str(tmp_path), rows, real_plan.not_run(rows))
     for name in ("real.md", "real-samples.md"):
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), name
 

@@ -1,0 +1,103 @@
+"""The real study's runs: which, in which order, and which of them can start.
+
+    first   seven methods at one rate, one seed
+    more    ULMA from an SFT adapter, and D2O
+    rates   every rate of RATES with seed 0, measured on the tuning pairs alone
+    seeds   seeds 1 to 3 at the rate with the best accuracy there
+    qa      the first methods on QA-feedback
+"""
+import os
+from collections.abc import Collection, Sequence
+
+from step import METHODS
+from study.real_report import label, newest
+from study.runs import Cell, Training
+
+RATES = (1e-4, 3e-4, 1e-3)
+MIDDLE, TUNING_SEED, SEEDS = RATES[1], 0, (1, 2, 3)
+FIRST = ("dpo", "ulma", "sft", "pointwise_dpo", "unlikelihood", "unlearning", "kto")
+ANCHORS = (("num_anchors", 3),)
+INSTRUCTIONS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "moral_instructions.txt")
+MORE = (Cell("hh", "ulma", (("sft_adapter", "SFT"),)), Cell("hh", "d2o", ANCHORS),
+        Cell("hh", "d2o", (*ANCHORS, ("anchor_instructions", "ours"))),
+        Cell("hh", "d2o", (*ANCHORS, ("refresh_anchors", 16))))
+STAGES = {"first": [Cell("hh", method) for method in FIRST], "more": list(MORE),
+          "rates": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
+          "seeds": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
+          "qa": [Cell("qa", method) for method in FIRST]}
+
+
+def base_run(data: str) -> Training:
+    """The base model, which is only measured."""
+    return Training(Cell(data, "base"), 0, 1)
+
+
+def judge_run(data: str) -> Training:
+    return Training(Cell(data, "reward_model"), MIDDLE, 1)
+
+
+def best_rate(cell: Cell, rows: list[dict]) -> float:
+    """The rate with the best accuracy on the tuning pairs; the middle one until all are run."""
+    accuracy = {row["learning_rate"]: row.get("accuracy", 0) for row in rows if row["seed"] ==
+                TUNING_SEED and (row["data"], row["method"]) == (cell.data, cell.name)}
+    return max(RATES, key=accuracy.get) if set(RATES) <= set(accuracy) else MIDDLE
+
+
+def plan(stage: str, rows: list[dict]) -> list[Training]:
+    """The runs of a stage, in order; those of `seeds` take the rate that `rates` found."""
+    cells = STAGES[stage]
+    before = [judge_run(cells[0].data), base_run(cells[0].data)]
+    if stage == "rates":
+        return before + [Training(cell, rate, TUNING_SEED) for cell in cells for rate in RATES]
+    if stage == "seeds":
+        return before + [Training(cell, best_rate(cell, rows), seed)
+                         for seed in SEEDS for cell in cells]
+    return before + [Training(cell, MIDDLE, 1) for cell in cells]
+
+
+def sft_of(run: Training) -> Training:
+    return Training(Cell(run.cell.data, "sft"), run.learning_rate, run.seed)
+
+
+def runs_before(run: Training) -> list[Training]:
+    """The runs that have to be over, where they are planned, before this one can start."""
+    if METHODS.get(run.cell.method, METHODS["sft"]).reward_model:
+        return []
+    if not run.learning_rate:
+        return [judge_run(run.cell.data)]
+    after_sft = "sft_adapter" in dict(run.cell.flags)
+    tuning = [Training(run.cell, rate, TUNING_SEED) for rate in RATES if run.seed in SEEDS]
+    return [base_run(run.cell.data), *tuning, *[sft_of(run)] * after_sft]
+
+
+def not_run(rows: list[dict]) -> list[str]:
+    """Sentences: what of every stage has no line yet, and how long it would take."""
+    rows = newest(rows)
+    keys = [{key: row[key] for key in base_run("hh").key} for row in rows]
+    trained = [row for row in rows if row.get("train s") and row["seed"] != TUNING_SEED]
+    each = sum(row["train s"] + row["measure s"] for row in trained) / max(1, len(trained))
+    sentences = []
+    for stage in STAGES:
+        runs = [run for run in plan(stage, rows) if run.key not in keys]
+        if runs:
+            names = dict.fromkeys(label(run.cell.name) for run in runs)
+            sentences.append(f"- `{stage}`: {len(runs)} runs ({'; '.join(names)})" + (
+                f", about {len(runs) * each / 60:.0f} minutes at the pace of those above"
+                if stage != "qa" else ", whose pairs have about five times the tokens"))
+    return sentences
+
+
+def waiting_runs(stages: Sequence[str], rows: list[dict], running: Collection[Training]) -> list[
+        Training]:
+    """The runs of the stages that have no row and do not run, in order, each once."""
+    runs = dict.fromkeys(run for stage in stages for run in plan(stage, rows))
+    return [run for run in runs if run not in running
+            and not any(run.key.items() <= row.items() for row in rows)]
+
+
+def next_run(waiting: list[Training], running: Collection[Training]) -> Training | None:
+    """The first run whose `runs_before` neither run nor wait before it."""
+    for place, run in enumerate(waiting):
+        if not set(runs_before(run)) & {*running, *waiting[:place]}:
+            return run
+    return None
