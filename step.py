@@ -274,11 +274,12 @@ def stream_rewards(model: Llama, stream: Stream) -> Tensor:
 
 @torch.no_grad()
 def tree_rewards(model: Llama, trees: list[Tree], micro_tokens: int = 8192) -> Tensor:
-    """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R]."""
+    """r(x, y) of every response of trees as `packing.make_trees` gives them, in order: [R] float32,
+    on the CPU."""
     device = model.score.weight.device
     groups, attention = pack(feed_last_tokens(trees), micro_tokens), attention_for(model)
     return torch.cat([stream_rewards(model, build_stream(group, device, None, attention))
-                      for group in show_progress(groups, "rewards: micro-batch", len(groups))])
+                      for group in show_progress(groups, "rewards: micro-batch", len(groups))]).cpu()
 
 
 # ---- a rank's share of a batch ------------------------------------------------------------------
