@@ -190,14 +190,15 @@ class Study:
             return {"pairs": len(right), "accuracy": float(right.mean()),
                     "accuracy se": measuring.standard_error(right)}
         part = "tune" if run.seed == TUNING_SEED else "held-out"
-        reference = self.base_logps(name, part)
+        pairs, reference = data.pairs[part], self.base_logps(name, part)
         model, own = self.model_of(run, part)
         reference = reference if own is None else own
-        policy = measuring.all_logps(model, data.pairs[part].trees) if run.learning_rate \
-            else reference
-        scores = measuring.pair_scores(data.pairs[part], policy, reference, BETA)
+        policy = measuring.all_logps(model, pairs.trees) if run.learning_rate else reference
+        scores = measuring.pair_scores(pairs, policy, reference, BETA)
         if part == "tune":
             return scores
+        if not run.learning_rate:
+            scores["longer"] = measuring.longer_digits(pairs.of(pairs.lengths))
         return scores | self.measure_answers(run, model) | {
             "perplexity/neutral": measuring.neutral_perplexity(model, self.tokenizer)}
 

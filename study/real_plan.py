@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Sequence
 
 from step import METHODS
-from study.real_report import label, newest
+from study.real_rows import label, newest
 from study.runs import Cell, Training
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -71,19 +71,14 @@ def runs_before(run: Training) -> list[Training]:
 
 
 def not_run(rows: list[dict]) -> list[str]:
-    """Sentences: what of every stage has no line yet, and how long it would take."""
-    rows = newest(rows)
-    keys = [{key: row[key] for key in base_run("hh").key} for row in rows]
-    trained = [row for row in rows if row.get("train s") and row["seed"] != TUNING_SEED]
-    each = sum(row["train s"] + row["measure s"] for row in trained) / max(1, len(trained))
-    sentences = []
+    """Sentences: which runs of every stage have no line yet, with the newest settings."""
+    rows, sentences = newest(rows), []
     for stage in STAGES:
-        runs = [run for run in plan(stage, rows) if run.key not in keys]
+        runs = waiting_runs([stage], rows, [])
         if runs:
             names = dict.fromkeys(label(run.cell.name) for run in runs)
-            sentences.append(f"- `{stage}`: {len(runs)} runs ({'; '.join(names)})" + (
-                f", about {len(runs) * each / 60:.0f} minutes at the pace of those above"
-                if stage != "qa" else ", whose pairs have about five times the tokens"))
+            sentences.append(f"- `{stage}`: {len(runs)} run{'s' * (len(runs) > 1)} "
+                             f"({'; '.join(names)})")
     return sentences
 
 

@@ -1,8 +1,6 @@
 """OUT/real.md, real-samples.md and real.png, made of the lines of OUT/real.jsonl.
 
-A ± is the half-width of a 95 % interval. Over prompts it is 1.96 standard errors of a run; where a
-method was run with several seeds, all on the same prompts, the half-width of the t interval over
-seeds (intervals.seed_interval) comes on top, as the square root of the sum of the two squares.
+What a ± is: see real_rows.py.
 """
 import itertools
 import json
@@ -11,14 +9,13 @@ import os
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from files.text import write_text
-from intervals import seed_interval
 from study.figures import BLUE, GREEN, ORANGE, SKY, VERMILION, pyplot
-from study.real_scores import MILD_PROMPTS, refuses, standard_error
-from study.tables import method_label
+from study.real_rows import (by_method, estimate, gap, label, lengths_of, most_seeds, newest,
+                             place_of)
+from study.real_scores import MILD_PROMPTS, refuses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +38,8 @@ a difference would have to be to be seen at this size.
 **What it cannot.** 135 M weights and some hundred pairs are 1/50 of the papers' model and less than
 1/100 of their data: an order among methods that is found here need not be theirs, and where none is
 found theirs is not refuted. The judge is a reward model of the same size, whose own accuracy stands
-beside; its verdicts are no people's. Nothing here says that a model is safe.
+beside; its verdicts are no people's: where unlearning left no sentence whole, it preferred that to
+the base's answers. Nothing here says that a model is safe.
 """
 
 EXPLAINED = """accuracy: share of held-out pairs whose chosen answer has the larger implicit reward
@@ -66,35 +64,9 @@ none.
 
 
 def number(value: float, half: float | None, digits: int = 3) -> str:
+    if value >= 1e5:
+        return f"{value:.0e}"                            # of a run whose text is ruined
     return f"{value:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def estimate(rows: list[dict], score: str) -> tuple[float, float | None]:
-    """(mean, half-width of its 95 % interval): over prompts where the rows have a standard error,
-    over seeds where there are several; None where neither is known."""
-    values = [row[score] for row in rows]
-    errors = [row[f"{score} se"] for row in rows if f"{score} se" in row]
-    halves = [1.96 * sum(errors) / len(errors)] if errors else []
-    if len(values) > 1:
-        halves.append(seed_interval(values)[1])
-    return sum(values) / len(values), math.hypot(*halves) if halves else None
-
-
-def right_of(row: dict) -> Tensor:
-    """1 or 0 for every measured pair: [P] float64."""
-    return torch.tensor([float(digit) for digit in row["right"]], dtype=torch.float64)
-
-
-def gap(rows: list[dict], others: list[dict]) -> tuple[float, float]:
-    """(difference in accuracy of two methods or rates, half-width of its 95 % interval), on the
-    same pairs and with the same seeds."""
-    of_seed = {row["seed"]: right_of(row) for row in others}
-    gaps = [right_of(row) - of_seed[row["seed"]] for row in rows if row["seed"] in of_seed]
-    if not gaps:
-        return math.nan, math.nan                            # no seed in common
-    over_pairs = 1.96 * standard_error(sum(gaps) / len(gaps))
-    over_seeds = seed_interval([float(one.mean()) for one in gaps])[1] if len(gaps) > 1 else 0.0
-    return float(sum(gaps).mean()) / len(gaps), math.hypot(over_pairs, over_seeds)
 
 
 def shown(rows: list[dict], score: str) -> str:
@@ -113,37 +85,6 @@ def shown(rows: list[dict], score: str) -> str:
     digits = 2 if score.startswith(("perplexity", "KL", "reward")) else \
         1 if score == "length" else 3
     return number(*estimate(rows, score), digits)
-
-
-def label(method: str) -> str:
-    """A method with its flags, as a line of real.jsonl names it, in words."""
-    words = {"base": "base", "kto": "KTO", "reward_model": "judge"}.get(method)
-    return words or (method_label(method).replace("sft_adapter SFT", "from SFT")
-                     .replace("anchor_instructions ours", "anchors under instructions"))
-
-
-def by_method(rows: list[dict], data: str) -> dict[tuple[str, float], list[dict]]:
-    """{(method, rate): its rows}, base first, of those that were measured on held-out pairs."""
-    found = {}
-    for row in rows:
-        if row["data"] == data and row["seed"] and "right" in row:
-            found.setdefault((row["method"], row["learning_rate"]), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: item[0][0] != "base"))
-
-
-def newest(rows: list[dict]) -> list[dict]:
-    """Of every data set the rows with the settings of its last one: they are compared."""
-    last = {row["data"]: row["settings"] for row in rows}
-    return [row for row in rows if row["settings"] == last[row["data"]]]
-
-
-def most_seeds(methods: dict[tuple[str, float], list[dict]]) -> dict[tuple[str, float], list[dict]]:
-    """Of every method the rate that was run with the most seeds; the first of several."""
-    best = {}
-    for (method, rate), rows in methods.items():
-        if method not in best or len(rows) > len(best[method][1]):
-            best[method] = rate, rows
-    return {(method, rate): rows for method, (rate, rows) in best.items()}
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -187,23 +128,28 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
     worse = [name for name, (value, half) in wins.items() if value + half < 0.5]
     forgets = [name for name, rows in trained.items()
                if estimate(rows, "perplexity/neutral")[0] > 1.1 * base["perplexity/neutral"]]
-    gaps = {(first, second): gap(trained[first], trained[second])
-            for first, second in itertools.combinations(trained, 2)}
-    gaps = {pair: found for pair, found in gaps.items() if not math.isnan(found[0])}
-    differ = sum(abs(value) > half for value, half in gaps.values())
-    compared = ["- No two methods to compare."]
-    if gaps:
-        most = max(gaps, key=lambda pair: abs(gaps[pair][0]) / (gaps[pair][1] or math.inf))
-        compared = [f"- Of {len(gaps)} differences in accuracy between two methods, on the same "
-                    f"pairs, {differ} are beyond their interval, {len(gaps) / 20:.1f} would be by "
-                    f"chance; the clearest: {most[0]} - {most[1]} {number(*gaps[most])}."]
     return [f"- Implicit reward better than chance: {names(above)}; worse than chance: "
             f"{names(below)}; better than the shorter answer: {names(length)}.",
             f"- By the judge, answers better than the base's: {names(better)}; worse: "
             f"{names(worse)}.",
             f"- Perplexity of the neutral text up by more than a tenth: {names(forgets)}.",
-            *compared,
+            *differences(trained, "in accuracy between two methods, on the same pairs"),
+            *differences(trained, "in length-balanced accuracy", lengths_of(base)),
             f"- {len(trained)} methods, 95 % intervals, no correction for their number.", ""]
+
+
+def differences(trained: dict[str, list], what: str, lengths: Tensor | None = None) -> list[str]:
+    """A sentence: how many methods differ, and which two the most."""
+    gaps = {(one, other): gap(trained[one], trained[other], lengths)
+            for one, other in itertools.combinations(trained, 2)}
+    gaps = {pair: found for pair, found in gaps.items() if not math.isnan(found[0])}
+    if not gaps:
+        return []
+    differ = sum(abs(value) > half for value, half in gaps.values())
+    most = max(gaps, key=lambda pair: abs(gaps[pair][0]) / (gaps[pair][1] or math.inf))
+    return [f"- Of {len(gaps)} differences {what}, {differ} are beyond their interval, "
+            f"{len(gaps) / 20:.1f} would be by chance; the clearest: {most[0]} - {most[1]} "
+            f"{number(*gaps[most])}."]
 
 
 def rates_table(rows: list[dict]) -> list[str]:
@@ -215,7 +161,7 @@ def rates_table(rows: list[dict]) -> list[str]:
     lines = ["Learning rates, accuracy on tuning pairs (± 1.96 standard errors):\n",
              "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
              "|---" * (len(rates) + 1) + "|"]
-    for method in dict.fromkeys(row["method"] for row in tuning):
+    for method in sorted({row["method"] for row in tuning}, key=place_of):
         cells = []
         for rate in rates:
             found = [row for row in tuning if (row["method"], row["learning_rate"]) ==
@@ -266,7 +212,7 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
                   f"{settings['max_length']} tokens and are kept; "
                   f"{settings['batch']} pairs a step, β {settings['beta']}, LoRA r 8 on all linear "
                   f"layers, one epoch; measured in float32. torch {rows[0]['torch']}, "
-                  f"{devices}; {minutes:.0f} minutes in all:\n\n    {command(settings, data)}\n",
+                  f"{devices}; {minutes:.0f} minutes, summed over runs:\n\n    {command(settings, data)}\n",
                   baselines(base, judge), "", *findings(main, base),
                   *rates_table([row for row in rows if row["data"] == data]),
                   *table(main, PAIR_SCORES), *table(main, ANSWER_SCORES)]
@@ -303,7 +249,7 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
     for row in rows:
         groups.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
     text = [START]
-    for place, group in enumerate(groups.values()):
+    for place, group in enumerate(reversed(groups.values())):               # the newest first
         text += section(group, draw(out, group, "real.png" if not place else f"real-{place}.png"))
     cut = " or ".join(dict.fromkeys(str(row["settings"]["new_tokens"]) for row in rows))
     text.append(EXPLAINED.format(new_tokens=cut))

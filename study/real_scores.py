@@ -86,6 +86,15 @@ def length_balanced(right: Tensor, lengths: Tensor) -> tuple[float, float]:
     return float(sum(part.double().mean() for part in parts) / 2), math.hypot(*errors) / 2
 
 
+def longer_digits(lengths: Tensor) -> str:
+    """A digit for every pair, for a row: the place of its longer response, 2 where both are as long.
+
+    lengths   [P, 2] int64   tokens of chosen and rejected
+    """
+    return "".join("2" if chosen == rejected else str(int(rejected > chosen))
+                   for chosen, rejected in lengths.tolist())
+
+
 def calibration(reward_logits: Tensor, scores: Tensor,
                 bins: int = 10) -> tuple[float, list[tuple[float, float]]]:
     """(error, [(mean σ(h), mean z) of every bin]): how far σ(h) is from the share of good ones.

@@ -8,11 +8,11 @@ import torch
 from conftest import ROOT, finish
 
 from data import Record
-from study import real, real_plan, real_report, real_scores
+from study import real, real_plan, real_report, real_rows, real_scores
 from study.real_data import fitting_pairs, split
 from study.real_plan import best_rate, next_run, plan, waiting_runs
 from study.real_scores import (NEUTRAL_TEXT, calibration, distinct, length_balanced, length_matched,
-                               outcome_shares, refuses, standard_error)
+                               longer_digits, outcome_shares, refuses, standard_error)
 from study.runs import Cell, Training
 from tokenizer import Tokenizer
 
@@ -142,11 +142,11 @@ def test_intervals_add_prompts_and_seeds():
     # Over prompts 1.96 · 0.03; over seeds t(2) = 4.303 times s / sqrt(3), s = 0.02 here.
     rows = [{"accuracy": value, "accuracy se": 0.03, "KL": value} for value in (0.58, 0.6, 0.62)]
     over_seeds = 4.303 * 0.02 / 3 ** 0.5
-    assert real_report.estimate(rows, "accuracy") == pytest.approx(
+    assert real_rows.estimate(rows, "accuracy") == pytest.approx(
         (0.6, ((1.96 * 0.03) ** 2 + over_seeds ** 2) ** 0.5), abs=1e-5)
-    assert real_report.estimate(rows, "KL") == pytest.approx((0.6, over_seeds), abs=1e-5)
-    assert real_report.estimate(rows[:1], "accuracy") == pytest.approx((0.58, 1.96 * 0.03))
-    assert real_report.estimate(rows[:1], "KL") == (0.58, None)
+    assert real_rows.estimate(rows, "KL") == pytest.approx((0.6, over_seeds), abs=1e-5)
+    assert real_rows.estimate(rows[:1], "accuracy") == pytest.approx((0.58, 1.96 * 0.03))
+    assert real_rows.estimate(rows[:1], "KL") == (0.58, None)
 
 
 def test_two_methods_are_compared_seed_by_seed_on_the_same_pairs():
@@ -155,23 +155,35 @@ def test_two_methods_are_compared_seed_by_seed_on_the_same_pairs():
     better = [{"seed": 1, "right": "1100"}, {"seed": 2, "right": "1000"},
               {"seed": 3, "right": "1111"}]
     worse = [{"seed": 2, "right": "0000"}, {"seed": 1, "right": "0000"}]
-    mean, half = real_report.gap(better, worse)
+    mean, half = real_rows.gap(better, worse)
     over_pairs = 1.96 * float(torch.tensor([1, 0.5, 0, 0]).std()) / 2
     over_seeds = 12.706 * float(torch.tensor([0.5, 0.25]).std()) / 2 ** 0.5
     assert mean == 0.375 and half == pytest.approx(math.hypot(over_pairs, over_seeds), abs=1e-4)
-    assert real_report.gap(better[:1], worse)[1] == pytest.approx(
+    assert real_rows.gap(better[:1], worse)[1] == pytest.approx(
         1.96 * float(torch.tensor([1, 1, 0, 0.]).std()) / 2)
 
 
+def test_where_length_says_nothing_methods_are_compared_half_by_half():
+    # The second answer, the rejected one, is longer in the first two pairs, the chosen one in three;
+    # one pair is as long. Differences 1, 0 | 0, 0, 1 | 1: means 1/2 and 1/3.
+    lengths = torch.tensor([[1, 2], [3, 9], [5, 4], [7, 1], [2, 1], [6, 6]])
+    assert longer_digits(lengths) == "110002"
+    found = real_rows.lengths_of({"longer": "110002"})
+    mean, half = real_rows.gap([{"seed": 1, "right": "100011"}], [{"seed": 1, "right": "0" * 6}],
+                                 found)
+    assert mean == pytest.approx(5 / 12)
+    assert half == pytest.approx(1.96 * math.sqrt(0.5 / 2 + (1 / 3) / 3) / 2)
+
+
 def test_methods_without_a_seed_in_common_are_not_compared():
-    assert math.isnan(real_report.gap([{"seed": 2, "right": "10"}],
+    assert math.isnan(real_rows.gap([{"seed": 2, "right": "10"}],
                                       [{"seed": 1, "right": "11"}])[0])
 
 
 def test_only_rows_with_the_settings_of_the_last_one_are_one_study():
     rows = [{"data": data, "settings": settings} for data, settings in (
         ("hh", 1), ("qa", 2), ("hh", 3), ("qa", 2))]
-    assert real_report.newest(rows) == [rows[1], rows[2], rows[3]]
+    assert real_rows.newest(rows) == [rows[1], rows[2], rows[3]]
 
 
 def test_neighbours_with_one_prompt_share_a_tree_and_its_first_pair_is_meant(tiny_model):
@@ -195,7 +207,7 @@ def test_the_rate_with_the_most_seeds_stands_for_a_method():
     one, three = [{"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}]
     methods = {("base", 0): one, ("dpo", 3e-4): one, ("dpo", 1e-3): three, ("ulma", 1e-4): one,
                ("ulma", 3e-4): one}
-    assert real_report.most_seeds(methods) == {
+    assert real_rows.most_seeds(methods) == {
         ("base", 0): one, ("dpo", 1e-3): three, ("ulma", 1e-4): one}
 
 
@@ -319,15 +331,16 @@ def test_the_page_and_the_samples_are_written_again_from_the_rows_alone(tmp_path
 
 def test_the_projects_readme_shows_the_rows_of_the_real_model():
     readme = (ROOT / "README.md").read_text()
-    methods = real_report.most_seeds(real_report.by_method(
-        real.read_rows(str(ROOT / "results")), "hh"))
-    found = {method: rows for (method, _), rows in methods.items()}
+    newest = real_rows.newest(real.read_rows(str(ROOT / "results")))
     columns = ("base", "sft", "unlearning", "unlikelihood", "dpo", "pointwise_dpo", "ulma", "kto",
                "d2o num_anchors=3")
-    for words, score, digits in (("held-out accuracy", "accuracy", 2),
-                                 ("perplexity of chosen", "perplexity/chosen", 1),
-                                 ("judge prefers it to base", "win rate/base", 2)):
-        cells = ["–" if method == "base" and score != "perplexity/chosen" else
-                 f"{real_report.estimate(found[method], score)[0]:.{digits}f}"
+    for words, data, score, digits in (
+            ("HH: held-out accuracy", "hh", "accuracy", 2),
+            ("QA-feedback: held-out accuracy", "qa", "accuracy", 2),
+            ("HH: perplexity of chosen", "hh", "perplexity/chosen", 1)):
+        found = {method: rows for (method, _), rows in real_rows.most_seeds(
+            real_rows.by_method(newest, data)).items()}
+        cells = ["–" if method not in found or method == "base" and score != "perplexity/chosen"
+                 else real_report.number(real_rows.estimate(found[method], score)[0], None, digits)
                  for method in columns]
         assert f"| {words} | {' | '.join(cells)} |" in readme
