@@ -95,12 +95,12 @@ def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:
     tests = (["tests/kernels/test_lora_linear.py"] if dry else
              ["tests/kernels", "tests/test_gpu.py", "-k", "cuda or test_gpu"])
     return [
-        Stage("tests", 150, pytest(*tests)),
-        bench("step", 130, "step", step + "ours-dpo trl-tuned trl",
+        Stage("tests", 130, pytest(*tests)),
+        bench("step", 160, "step", step + "ours-dpo trl-tuned trl",
               small_step + "ours-dpo"),
         bench("step-others", 90, "step", step + "ours-ulma ours-d2o ours-d2o-unshared",
               small_step + "ours-ulma ours-d2o ours-d2o-unshared"),
-        bench("head", 60, "kernel", "--repeats 3",
+        bench("head", 75, "kernel", "--repeats 3",
               "--rows 128 --width 16 --vocab 100 --repeats 1"),
         bench("attention", 40, "attention", "", "--tokens 256 --repeats 1"),
         bench("attention-d2o", 40, "attention", "--responses 12",

@@ -23,6 +23,7 @@ from kernels.attention import ATTENTIONS
 from lora import add_lora, add_score_head, lora_disabled
 from model import Llama, LlamaConfig
 from step import METHODS, Compute, Objective, batch_counts, micro_batches
+from study import real_report
 from train import accumulate_gradient
 from training import start_check
 from training.checkpoint import checkpoints
@@ -87,6 +88,25 @@ def test_ppo_runs_on_a_reward_model(precision, tmp_path, model, pairs_file):
     assert_finite_run(tmp_path / "ppo", 2)
     flags = json.loads((tmp_path / "ppo/args.json").read_text())
     assert flags["start_check"].keys() == CHECKED
+
+
+def test_the_real_study_runs(tmp_path, model, pairs_file, monkeypatch):
+    # What is measured comes from the device, what it is compared with from files.
+    monkeypatch.setattr(real_report, "pyplot", lambda: None)
+    conftest.finish("study.real", "first", "more", "--model", model, "--hh", pairs_file, "--pairs",
+                    16, "--held_out", 32, "--answers", 4, "--new_tokens", 4, "--max_length", 160,
+                    "--out", tmp_path / "out", "--work", tmp_path / "work", "--bf16")
+    rows = [json.loads(line) for line in (tmp_path / "out/real.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 + 7 + 4
+    assert {row["device"] for row in rows} == {torch.cuda.get_device_name()}
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward_model"])
+def test_what_a_run_held_out_is_evaluated(method, tmp_path, model, pairs_file):
+    out = tmp_path / "run"
+    finish(model, pairs_file, out, "--method", method, "--max_steps", "2", "--held_out", "0.3",
+           "--eval_steps", "1")
+    assert "reward margin" in conftest.finish("eval", out)
 
 
 def test_full_weights_and_checkpointed_layers_train(tmp_path, model, pairs_file):
