@@ -39,6 +39,7 @@ from importlib import util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 480        # for all stages
 TAIL = 4000          # characters of a stage's output that are stored
 PROBE = """
 import json, torch
@@ -100,7 +101,7 @@ def stages(data: list[str], folder: Path, dry: bool) -> list[Stage]:
               small_step + "ours-dpo"),
         bench("step-others", 90, "step", step + "ours-ulma ours-d2o ours-d2o-unshared",
               small_step + "ours-ulma ours-d2o ours-d2o-unshared"),
-        bench("head", 75, "kernel", "--repeats 3",
+        bench("head", 60, "kernel", "--repeats 3",
               "--rows 128 --width 16 --vocab 100 --repeats 1"),
         bench("attention", 40, "attention", "", "--tokens 256 --repeats 1"),
         bench("attention-d2o", 40, "attention", "--responses 12",
@@ -228,7 +229,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", help="Llama's tokenizer.model")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="stages to run")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at the smallest size")
-    parser.add_argument("--seconds", type=float, default=480, help="for all stages")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu.json; of a dry run "
                                                  "none that stays")
     args = parser.parse_args()
@@ -253,7 +254,8 @@ def main() -> int:
         else:
             data = write_stand_in(folder)
         command = ["python bench/gpu.py", *["--dry-run"] * args.dry_run,
-                   *(["--only", *args.only] if args.only != names else [])]
+                   *(["--only", *args.only] if args.only != names else []),
+                   *(["--seconds", f"{args.seconds:g}"] if args.seconds != SECONDS else [])]
         report = {"command": " ".join(command), **found,
                   "data": os.path.basename(data[1]) if len(given) == 2 else "a stand-in for HH",
                   "started": time.strftime("%Y-%m-%d %H:%M"), "stages": []}

@@ -8,7 +8,10 @@
    held out, a third that only the judge, a reward model, is trained on.
 2. Every run trains one method on the same --pairs pairs with train.py, is measured
    (real_scores.py), and adds one line to OUT/real.jsonl; then the page is written anew.
-3. The stages are `first`, `more`, `rates`, `seeds` and `qa`: see real_plan.py.
+3. Stages: `first`, seven methods at one rate, one seed; `more`, ULMA from an SFT adapter and D2O;
+   `rates`, every rate of RATES (real_plan.py) with seed 0, measured on the tuning pairs alone;
+   `seeds`, seeds 1 to 3 at the rate with the best accuracy there; `qa`, the first methods on
+   QA-feedback.
 
 A finished run is not trained again: stop this and start it as often as you like. With --workers N
 so many runs go side by side, each as soon as what it reads is there.
@@ -48,17 +51,19 @@ def build_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     parse_first(build_parser().parse_args)          # before torch, which takes seconds to import
 
+import io
 import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from functools import cache, cached_property, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import torch
 from torch import Tensor
@@ -251,18 +256,23 @@ def study_of(argv: tuple[str, ...]) -> Study:
 
 def execute(argv: tuple[str, ...], run: Training) -> dict:
     """A run's row, in a worker process: what it prints goes to a file beside its folder."""
-    study = study_of(argv)
-    with open(study.folder(run) + ".log", "a", encoding="utf-8") as log, redirect_stdout(log):
+    with redirect_stdout(io.StringIO()):                 # the process that started it has said it
+        study, file = study_of(argv), study_of(argv).folder(run) + ".log"
+    with open(file, "a", encoding="utf-8") as log, redirect_stdout(log):
         return study.execute(run)
 
 
-class InThisProcess(Executor):
-    """Executes at once what it is given."""
+def start_worker() -> None:
+    """A worker process leaves Ctrl-C to the one that started it, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
-    def submit(self, function: Callable, /, *args: object) -> Future:
-        future = Future()
-        future.set_result(function(*args))
-        return future
+
+def done(row: dict) -> Future:
+    """A future with its result."""
+    future = Future()
+    future.set_result(row)
+    return future
 
 
 def add_row(out: str, row: dict) -> None:
@@ -272,38 +282,53 @@ def add_row(out: str, row: dict) -> None:
           f"{row.get('accuracy', math.nan):.3f} on {row.get('pairs', 0)} pairs", flush=True)
 
 
-def execute_stages(stages: Sequence[str], study: Study, argv: tuple[str, ...]) -> None:
-    """Execute all runs of the stages that have no row; after each, add its row, write the page."""
-    out, workers = study.args.out, study.args.workers
-    start, executed, running = time.perf_counter(), 0, {}
-    for judge in {judge_run(STAGES[stage][0].data) for stage in stages}:
-        rows = study.rows_of(stages)
-        if waiting_runs(stages, rows, [judge]) and judge not in waiting_runs(stages, rows, []):
-            study.train(judge)                           # its row is there, its folder may not be
-    pool, call = InThisProcess(), study.execute
-    if workers > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
-        call = partial(execute, argv)
-    with pool:
-        while True:
-            waiting = waiting_runs(stages, study.rows_of(stages), running.values())
-            run = next_run(waiting, running.values())
-            if run and len(running) < workers:
-                left = len(waiting) + len(running)
-                estimate = time_left(time.perf_counter() - start, executed, executed + left)
-                print(f"\n==== {run.cell.data} {run.cell.name}, learning rate "
-                      f"{run.learning_rate:g}, seed {run.seed}; {left} runs to go"
-                      + f", {estimate}" * bool(executed), flush=True)
-                running[pool.submit(call, run)] = run
-                continue
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+def schedule(stages: Sequence[str], study: Study, submit: Callable[[Training], Future]) -> None:
+    """Execute all runs of the stages that have no row; after each, add its row, write the page.
+
+    raises  what a run raises, once those beside it have their rows
+    """
+    out, start, executed, running, error = study.args.out, time.perf_counter(), 0, {}, None
+    while True:
+        waiting = waiting_runs(stages, study.rows_of(stages), running.values())
+        run = next_run(waiting, running.values())
+        if run and not error and len(running) < study.args.workers:
+            left = len(waiting) + len(running)
+            estimate = time_left(time.perf_counter() - start, executed, executed + left)
+            print(f"\n==== {run.cell.data} {run.cell.name}, learning rate {run.learning_rate:g}, seed "
+                  f"{run.seed}; {left} runs to go" + f", {estimate}" * bool(executed), flush=True)
+            running[submit(run)] = run
+            continue
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run, executed = running.pop(future), executed + 1
+            if future.exception():
+                error = error or future.exception()
+                print(f"failed: {study.folder(run)}", flush=True)
+            else:
                 add_row(out, future.result())
-                running.pop(future)
-                executed += 1
-            write_page(out, read_rows(out), not_run(read_rows(out)))
+                write_page(out, read_rows(out), not_run(read_rows(out)))
+    if error:
+        raise error
+
+
+def execute_stages(stages: Sequence[str], study: Study, argv: tuple[str, ...]) -> None:
+    """`schedule` in this process, or on --workers of them, which Ctrl-C ends."""
+    for name in dict.fromkeys(STAGES[stage][0].data for stage in stages):
+        waiting = [run for run in waiting_runs(stages, study.rows_of(stages), [])
+                   if run.cell.data == name and run.seed != TUNING_SEED]
+        if waiting and judge_run(name) not in waiting:
+            study.train(judge_run(name))                 # its row is there, its folder may not be
+    if study.args.workers == 1:
+        return schedule(stages, study, lambda run: done(study.execute(run)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // study.args.workers)))
+    with ProcessPoolExecutor(study.args.workers, get_context("spawn"), start_worker) as pool:
+        try:
+            schedule(stages, study, partial(pool.submit, execute, argv))
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.terminate()
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:

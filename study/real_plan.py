@@ -1,11 +1,5 @@
-"""The real study's runs: which, in which order, and which of them can start.
-
-    first   seven methods at one rate, one seed
-    more    ULMA from an SFT adapter, and D2O
-    rates   every rate of RATES with seed 0, measured on the tuning pairs alone
-    seeds   seeds 1 to 3 at the rate with the best accuracy there
-    qa      the first methods on QA-feedback
-"""
+"""The real study's runs: which, in which order, and which of them can start. The stages are those of
+study/real.py."""
 import os
 from collections.abc import Collection, Sequence
 
@@ -15,16 +9,16 @@ from study.runs import Cell, Training
 
 RATES = (1e-4, 3e-4, 1e-3)
 MIDDLE, TUNING_SEED, SEEDS = RATES[1], 0, (1, 2, 3)
-FIRST = ("dpo", "ulma", "sft", "pointwise_dpo", "unlikelihood", "unlearning", "kto")
+FIRST = [Cell("hh", method) for method in (
+    "dpo", "ulma", "sft", "pointwise_dpo", "unlikelihood", "unlearning", "kto")]
 ANCHORS = (("num_anchors", 3),)
 INSTRUCTIONS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "moral_instructions.txt")
-MORE = (Cell("hh", "ulma", (("sft_adapter", "SFT"),)), Cell("hh", "d2o", ANCHORS),
-        Cell("hh", "d2o", (*ANCHORS, ("anchor_instructions", "ours"))),
-        Cell("hh", "d2o", (*ANCHORS, ("refresh_anchors", 16))))
-STAGES = {"first": [Cell("hh", method) for method in FIRST], "more": list(MORE),
-          "rates": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
-          "seeds": [*(Cell("hh", method) for method in FIRST), *MORE[:2]],
-          "qa": [Cell("qa", method) for method in FIRST]}
+TUNED = [*FIRST, Cell("hh", "ulma", (("sft_adapter", "SFT"),)), Cell("hh", "d2o", ANCHORS)]
+STAGES = {"first": FIRST,
+          "more": [*TUNED[len(FIRST):],
+                   Cell("hh", "d2o", (*ANCHORS, ("anchor_instructions", "ours"))),
+                   Cell("hh", "d2o", (*ANCHORS, ("refresh_anchors", 16)))],
+          "rates": TUNED, "seeds": TUNED, "qa": [Cell("qa", cell.method) for cell in FIRST]}
 
 
 def base_run(data: str) -> Training:
@@ -65,9 +59,12 @@ def runs_before(run: Training) -> list[Training]:
         return []
     if not run.learning_rate:
         return [judge_run(run.cell.data)]
-    after_sft = "sft_adapter" in dict(run.cell.flags)
-    tuning = [Training(run.cell, rate, TUNING_SEED) for rate in RATES if run.seed in SEEDS]
-    return [base_run(run.cell.data), *tuning, *[sft_of(run)] * after_sft]
+    before = [base_run(run.cell.data)]
+    if run.seed != TUNING_SEED:
+        before += [Training(run.cell, rate, TUNING_SEED) for rate in RATES]
+    if "sft_adapter" in dict(run.cell.flags):
+        before.append(sft_of(run))
+    return before
 
 
 def not_run(rows: list[dict]) -> list[str]:

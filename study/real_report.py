@@ -38,8 +38,8 @@ a difference would have to be to be seen at this size.
 **What it cannot.** 135 M weights and some hundred pairs are 1/50 of the papers' model and less than
 1/100 of their data: an order among methods that is found here need not be theirs, and where none is
 found theirs is not refuted. The judge is a reward model of the same size, whose own accuracy stands
-beside; its verdicts are no people's: where unlearning left no sentence whole, it preferred that to
-the base's answers. Nothing here says that a model is safe.
+beside; its verdicts are no people's, and it may prefer ruined text: perplexity and distinct-n tell.
+Nothing here says that a model is safe.
 """
 
 EXPLAINED = """accuracy: share of held-out pairs whose chosen answer has the larger implicit reward
@@ -134,7 +134,8 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
             f"{names(worse)}.",
             f"- Perplexity of the neutral text up by more than a tenth: {names(forgets)}.",
             *differences(trained, "in accuracy between two methods, on the same pairs"),
-            *differences(trained, "in length-balanced accuracy", lengths_of(base)),
+            *(differences(trained, "in length-balanced accuracy", lengths_of(base))
+              if "longer" in base else []),             # older rows have none
             f"- {len(trained)} methods, 95 % intervals, no correction for their number.", ""]
 
 
@@ -142,7 +143,7 @@ def differences(trained: dict[str, list], what: str, lengths: Tensor | None = No
     """A sentence: how many methods differ, and which two the most."""
     gaps = {(one, other): gap(trained[one], trained[other], lengths)
             for one, other in itertools.combinations(trained, 2)}
-    gaps = {pair: found for pair, found in gaps.items() if not math.isnan(found[0])}
+    gaps = {pair: found for pair, found in gaps.items() if not math.isnan(sum(found))}
     if not gaps:
         return []
     differ = sum(abs(value) > half for value, half in gaps.values())
@@ -231,7 +232,7 @@ def write_samples(out: str, rows: list[dict]) -> None:
              "Greedy, seed 1, cut where the study cuts; nothing was selected.\n"]
     for place, prompt in enumerate(MILD_PROMPTS):
         lines += [f"## {prompt}\n"]
-        for row in sorted(rows, key=lambda row: row["method"] != "base"):
+        for row in rows:
             text = " ".join(row["mild"][place].split()).replace("|", "\\|").replace("*", "\\*")
             lines.append(f"- **{label(row['method'])}**"
                          + f" ({row['learning_rate']:g})" * bool(row["learning_rate"])
@@ -248,9 +249,10 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
     groups = {}
     for row in rows:
         groups.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
-    text = [START]
-    for place, group in enumerate(reversed(groups.values())):               # the newest first
-        text += section(group, draw(out, group, "real.png" if not place else f"real-{place}.png"))
+    text, figures = [START], 0
+    for group in reversed(groups.values()):                                 # the newest first
+        figure = draw(out, group, f"real-{figures + 1}.png" if figures else "real.png")
+        text, figures = [*text, *section(group, figure)], figures + bool(figure)
     cut = " or ".join(dict.fromkeys(str(row["settings"]["new_tokens"]) for row in rows))
     text.append(EXPLAINED.format(new_tokens=cut))
     answered = [row for found in most_seeds(by_method(newest(rows), "hh")).values()

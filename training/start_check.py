@@ -5,7 +5,8 @@ and a wrong gradient does not stop a run: it makes a bad model. So the run's mod
 micro-batch once, and what is not plain torch is compared with plain torch in higher precision,
 outputs and gradients (for a random upstream gradient):
 
-    attention    of the first, middle and last layer; of the others finite, output and gradients
+    attention    finite of every layer, output and gradients; compared of the first, middle and last,
+                 with keys less their mean
     RMSNorm, rotary embedding, SwiGLU, LoRA     of the first layer, some rows
     log-probs    of the head, some rows
 
@@ -156,7 +157,7 @@ def check_start(model: Llama, trees: list[Tree], compute: Compute) -> dict[str, 
                 lambda q, k, v: plain_attention(
                     q[:, :groups * some], k[:, :some], v[:, :some], stream), (q, apart, v))
             errors["attention"] = max(errors.get("attention", 0.0), error)
-        elif not all(t.isfinite().all() for t in results(
+        if not all(t.isfinite().all() for t in results(
                 lambda q, k, v: attention(q, k, v, segments), (q, k, v))):
             raise ValueError(f"{name} is wrong on this device: its output or a gradient is not "
                              "finite; nothing was run. Try another torch or Triton, or "

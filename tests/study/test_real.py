@@ -1,11 +1,18 @@
 """study/real.py: formulas by value, the split, and a whole study of a tiny random model."""
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, finish
+from conftest import ONE_THREAD, ROOT, finish
 
 from data import Record
 from study import real, real_plan, real_report, real_rows, real_scores
@@ -268,6 +275,7 @@ def test_runs_side_by_side_have_the_rows_of_one_after_the_other(tiny_study, tmp_
     def scores(rows):
         return sorted(({key: value for key, value in row.items() if key not in
                         ("train s", "measure s", "device")} for row in rows), key=str)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")           # as this process has
     rows, _ = tiny_study("first", "--workers", 2)
     assert [row["device"].endswith("2 runs side by side") for row in rows] == [True] * 4
     (log,) = (tmp_path / "work").rglob("dpo-lr0.0003-seed1.log")
@@ -276,6 +284,54 @@ def test_runs_side_by_side_have_the_rows_of_one_after_the_other(tiny_study, tmp_
     shutil.rmtree(tmp_path / "work")
     again, _ = tiny_study("first")
     assert scores(again) == scores(rows)
+
+
+def test_a_run_that_fails_ends_the_study_when_those_beside_it_have_their_rows(
+        tiny_study, tmp_path, monkeypatch):
+    beside = threading.Event()
+
+    def execute(argv, run):
+        if run.cell.method == "dpo":
+            raise ValueError("dpo cannot be trained")
+        if run.cell.method == "ulma":
+            assert beside.wait(30)
+        return run.key | {"settings": settings}
+
+    def print_page(out, rows, missing):
+        print(rows[-1]["method"], "has its row")
+    rows, _ = tiny_study("first")
+    settings = rows[0]["settings"]
+    lines = (tmp_path / "out/real.jsonl").read_text().splitlines()
+    (tmp_path / "out/real.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    monkeypatch.setattr(real, "execute", execute)
+    monkeypatch.setattr(real, "write_page", print_page)
+    monkeypatch.setattr(real, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    threading.Timer(0.5, beside.set).start()
+    with pytest.raises(ValueError, match="dpo cannot be trained"):
+        tiny_study("first", "more", "--workers", 2)
+    kept = [json.loads(line)["method"] for line in
+            (tmp_path / "out/real.jsonl").read_text().splitlines()]
+    assert kept == ["reward_model", "base", "ulma"]           # and nothing of `more` was started
+
+
+def test_ctrl_c_ends_the_workers_too(tmp_path, tiny_model, pairs_file):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "study.real", "first", "--workers", "2", "--model", tiny_model, "--hh",
+         pairs_file, "--pairs", "16", "--held_out", "32", "--answers", "4", "--new_tokens", "4",
+         "--max_length", "160", "--out", tmp_path / "out", "--work", tmp_path / "work"],
+        cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    while not list(tmp_path.rglob("reward_model*.log")):  # of a worker's first run
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)                  # the workers get none: they are ended
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.split() == ["interrupted"]
+    assert not list(tmp_path.rglob("final"))             # nor did they end their runs first
+    with pytest.raises(ProcessLookupError):              # soon nobody is left of its group
+        for _ in range(300):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_rows_whose_folders_are_gone_do_not_stop_the_study(tiny_study, tmp_path):

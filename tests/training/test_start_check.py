@@ -90,7 +90,8 @@ def test_a_wrong_mask_is_refused(monkeypatch):
 
 def test_what_all_keys_have_in_common_is_not_counted(monkeypatch):
     # Every fused backward reads the rounded output, and is off by that rounding times what the keys
-    # share. Here all tokens share a vector, as in the deep layers of a random model: 0.11 of dq.
+    # share. Here all tokens share a vector, as in the deep layers of a random model: dq as it is would
+    # be off by 0.032, allowed are 0.030.
     class Fused(torch.autograd.Function):
         @staticmethod
         @torch.enable_grad()
@@ -111,7 +112,8 @@ def test_what_all_keys_have_in_common_is_not_counted(monkeypatch):
 
     model = make_model(torch.float32)
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(2).add_(torch.randn(32))
+        model.model.embed_tokens.weight.mul_(10).add_(
+            torch.randn(32, generator=torch.Generator().manual_seed(3)))
     trees = usable(make_trees(), "all")
     ids = build_stream(pack(trees, 60)[0])
     mask = rule_mask(ids.tree_ids.tolist(), ids.branch_ids.tolist())
@@ -139,7 +141,7 @@ def test_nan_in_a_gradient_of_any_layer_is_refused(monkeypatch):
 
     def broken(q, k, v, segments):
         calls.append(q)
-        return attention(Broken.apply(q) if len(calls) == 3 else q, k, v, segments)
+        return attention(Broken.apply(q) if len(calls) == 4 else q, k, v, segments)
     model = make_model(torch.float32)
     model.model.layers.extend(layers.float())
     monkeypatch.setattr(start_check, "attention", broken)
