@@ -255,11 +255,18 @@ def study_of(argv: tuple[str, ...]) -> Study:
 
 
 def execute(argv: tuple[str, ...], run: Training) -> dict:
-    """A run's row, in a worker process: what it prints goes to a file beside its folder."""
+    """A run's row, in a worker process: what it prints goes to a file beside its folder.
+
+    raises  ValueError where the runs side by side need more memory than the GPU has
+    """
     with redirect_stdout(io.StringIO()):                 # the process that started it has said it
         study, file = study_of(argv), study_of(argv).folder(run) + ".log"
     with open(file, "a", encoding="utf-8") as log, redirect_stdout(log):
-        return study.execute(run)
+        try:
+            return study.execute(run)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"{study.args.workers} runs side by side need more memory than the GPU "
+                             "has: take fewer --workers; what is finished stays") from error
 
 
 def start_worker() -> None:

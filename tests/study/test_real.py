@@ -314,6 +314,16 @@ def test_a_run_that_fails_ends_the_study_when_those_beside_it_have_their_rows(
     assert kept == ["reward_model", "base", "ulma"]           # and nothing of `more` was started
 
 
+def test_too_many_workers_for_the_memory_are_said(tmp_path, tiny_model, pairs_file, monkeypatch):
+    def execute(study, run):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(real.Study, "execute", execute)
+    argv = ("--workers", "9", "--model", tiny_model, "--hh", str(pairs_file), "--pairs", "16",
+            "--max_length", "160", "--out", str(tmp_path), "--work", str(tmp_path))
+    with pytest.raises(ValueError, match="9 runs side by side need more memory .* fewer --workers"):
+        real.execute(argv, real_plan.base_run("hh"))
+
+
 def test_ctrl_c_ends_the_workers_too(tmp_path, tiny_model, pairs_file):
     process = subprocess.Popen(
         [sys.executable, "-m", "study.real", "first", "--workers", "2", "--model", tiny_model, "--hh",
