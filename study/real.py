@@ -28,7 +28,7 @@ from files.cli import Help, Parser, check_ranges, parse_first, run_cli, time_lef
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m study.real", description=__doc__, formatter_class=Help)
     flag = parser.add_argument
-    flag("stages", nargs="*", metavar="STAGE", help="see 3.; default: all")
+    flag("stages", nargs="*", metavar="STAGE", help="first, more, rates, seeds, qa; default: all")
     flag("--model", default="models/smollm2", help="Hugging Face folder of a chat model")
     flag("--hh", default="../shared/data/hh_harmless_base_test/test.jsonl.gz",
          help="HH file or folder of pairs")
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--qa_max_length", type=int, default=1024, help="--max_length for QA-feedback")
     flag("--bf16", action="store_true", help="train in bfloat16")
     flag("--workers", type=int, default=1, help="runs side by side, on one GPU or on a CPU's cores")
-    flag("--out", default="results", help="folder of real.jsonl, real.md and figures")
+    flag("--out", default="runs/real", help="folder of real.jsonl, real.md and figures")
     flag("--work", default="runs/real", help="folder of data and runs")
     flag("--report", action="store_true", help="train nothing; write the page from OUT/real.jsonl")
     return parser
@@ -61,6 +61,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import cache, cached_property, partial
 from multiprocessing import active_children, get_context
@@ -266,7 +267,7 @@ def execute(argv: tuple[str, ...], run: Training) -> dict:
             return study.execute(run)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"{study.args.workers} runs side by side need more memory than the GPU "
-                             "has: take fewer --workers; what is finished stays") from error
+                             "has: take fewer --workers; the same command continues") from error
 
 
 def start_worker() -> None:
@@ -322,10 +323,13 @@ def schedule(stages: Sequence[str], study: Study, submit: Callable[[Training], F
 def execute_stages(stages: Sequence[str], study: Study, argv: tuple[str, ...]) -> None:
     """`schedule` in this process, or on --workers of them, which Ctrl-C ends."""
     for name in dict.fromkeys(STAGES[stage][0].data for stage in stages):
+        study.of(name)                                   # what is wrong with it is said at once
         waiting = [run for run in waiting_runs(stages, study.rows_of(stages), [])
                    if run.cell.data == name and run.seed != TUNING_SEED]
         if waiting and judge_run(name) not in waiting:
             study.train(judge_run(name))                 # its row is there, its folder may not be
+    if not waiting_runs(stages, study.rows_of(stages), []):
+        print(f"all runs of {', '.join(stages)} are in {rows_file(study.args.out)} already")
     if study.args.workers == 1:
         return schedule(stages, study, lambda run: done(study.execute(run)))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // study.args.workers)))
@@ -333,9 +337,12 @@ def execute_stages(stages: Sequence[str], study: Study, argv: tuple[str, ...]) -
         try:
             schedule(stages, study, partial(pool.submit, execute, argv))
         except KeyboardInterrupt:
-            for child in active_children():
-                child.terminate()
+            for child in active_children():              # their folders survive it
+                child.kill()
             raise
+        except BrokenProcessPool as error:
+            raise ValueError("a worker process was killed, perhaps because memory ran out: take fewer "
+                             "--workers; the same command continues") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

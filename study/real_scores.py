@@ -191,7 +191,7 @@ def pair_scores(pairs: Pairs, policy: Tensor, reference: Tensor, beta: float) ->
 
     policy, reference   [R] float64   log-probs, nats
     "right" has a digit for every pair, which comparisons of two runs need: 1 where the implicit
-    reward prefers the chosen response, 0 where not
+    reward prefers the chosen response, 0 where not; a score of no pair, or an error of one, is left out
     """
     rewards, lengths = beta * (policy - reference), pairs.of(pairs.lengths)      # [R], [P, 2]
     margins = pairs.of(rewards)[:, 0] - pairs.of(rewards)[:, 1]                  # [P]
@@ -201,7 +201,7 @@ def pair_scores(pairs: Pairs, policy: Tensor, reference: Tensor, beta: float) ->
     shorter = (lengths[:, 1] - lengths[:, 0]).double()                           # [P]
     error, bins = calibration(pairs.of(rewards).flatten(),
                               torch.tensor([1.0, 0.0]).repeat(len(margins)))
-    return {
+    scores = {
         "pairs": len(margins), "accuracy": float(wins(margins)),
         "accuracy se": standard_error(right),
         "length-balanced": balanced, "length-balanced se": balanced_error,
@@ -215,6 +215,7 @@ def pair_scores(pairs: Pairs, policy: Tensor, reference: Tensor, beta: float) ->
         "perplexity/rejected": float((-rejected.sum() / lengths[:, 1].sum()).exp()),
         "calibration error": error, "bins": [[round(x, 4) for x in pair] for pair in bins],
         "right": "".join(str(int(one)) for one in right)}
+    return {name: value for name, value in scores.items() if value == value}     # of no pair: NaN
 
 
 def neutral_perplexity(model: Llama, tokenizer: Tokenizer) -> float:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_a_whole_study_goes_on_where_it_was_stopped(tiny_study, tmp_path):
     assert base["KL"] == 0 and base["win rate/base"] == 0.5 and base["accuracy"] == 0.5
     assert dpo["KL"] != 0 and len(dpo["right"]) == dpo["pairs"] == 32 and len(dpo["mild"]) == 6
     page = (tmp_path / "out/real.md").read_text()
-    assert "| DPO | 0.001, 1 |" in page and "## Not run" in page and "`seeds`: " in page
+    assert "| DPO | 0.001, 1 |" in page and "## Not run with" in page and "`seeds`: " in page
     assert "**ULMA** (0.001): " in (tmp_path / "out/real-samples.md").read_text()
 
     # A line that is lost is measured again, from the same adapter; the others are not touched.
@@ -262,6 +263,7 @@ def test_a_whole_study_goes_on_where_it_was_stopped(tiny_study, tmp_path):
     assert {k: v for k, v in again[3].items() if k not in times} == {
         k: v for k, v in rows[3].items() if k not in times}
     page = (tmp_path / "out/real.md").read_text()
+    assert "all runs of first, rates are in" in tiny_study("first", "rates")[1]
     assert tiny_study("--report")[1].count("====") == 0
     assert (tmp_path / "out/real.md").read_text() == page
 
@@ -312,6 +314,15 @@ def test_a_run_that_fails_ends_the_study_when_those_beside_it_have_their_rows(
     kept = [json.loads(line)["method"] for line in
             (tmp_path / "out/real.jsonl").read_text().splitlines()]
     assert kept == ["reward_model", "base", "ulma"]           # and nothing of `more` was started
+
+
+def test_a_worker_that_is_killed_is_a_sentence(tiny_study, monkeypatch):
+    def execute(argv, run):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+    monkeypatch.setattr(real, "execute", execute)
+    monkeypatch.setattr(real, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    with pytest.raises(ValueError, match="a worker process was killed, .* fewer --workers"):
+        tiny_study("first", "--workers", 2)
 
 
 def test_too_many_workers_for_the_memory_are_said(tmp_path, tiny_model, pairs_file, monkeypatch):
