@@ -123,21 +123,24 @@ def findings(methods: dict[tuple[str, float], list[dict]], base: dict) -> list[s
     accuracy = {name: estimate(rows, "accuracy") for name, rows in trained.items()}
     above = [name for name, (value, half) in accuracy.items() if value - half > 0.5]
     below = [name for name, (value, half) in accuracy.items() if value + half < 0.5]
-    length = [name for name, (value, half) in accuracy.items()
-              if value - half > base["length only"]]
+    length = {name: gap(rows, [{"seed": row["seed"], "right": base["longer"]} for row in rows])
+              for name, rows in trained.items() if "longer" in base}         # older rows have none
+    shorter = [names([name for name, (value, half) in length.items() if sign * value > half])
+               for sign in (1, -1)]
     wins = {name: estimate(rows, "win rate/base") for name, rows in trained.items()}
     better = [name for name, (value, half) in wins.items() if value - half > 0.5]
     worse = [name for name, (value, half) in wins.items() if value + half < 0.5]
     forgets = [name for name, rows in trained.items()
                if estimate(rows, "perplexity/neutral")[0] > 1.1 * base["perplexity/neutral"]]
     return [f"- Implicit reward better than chance: {names(above)}; worse than chance: "
-            f"{names(below)}; better than the shorter answer: {names(length)}.",
+            f"{names(below)}.",
+            f"- On the same pairs better than the shorter answer: {shorter[0]}; worse: {shorter[1]}.",
             f"- By the judge, answers better than the base's: {names(better)}; worse: "
             f"{names(worse)}.",
             f"- Perplexity of the neutral text up by more than a tenth: {names(forgets)}.",
             *differences(trained, "in accuracy between two methods, on the same pairs"),
             *(differences(trained, "in length-balanced accuracy", lengths_of(base))
-              if "longer" in base else []),             # older rows have none
+              if length else []),
             f"- {len(trained)} methods, 95 % intervals, no correction for their number.", ""]
 
 

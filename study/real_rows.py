@@ -68,8 +68,9 @@ def estimate(rows: list[dict], score: str) -> tuple[float, float | None]:
 
 
 def right_of(row: dict) -> Tensor:
-    """1 or 0 for every measured pair: [P] float64."""
-    return torch.tensor([float(digit) for digit in row["right"]], dtype=torch.float64)
+    """1 or 0 for every measured pair, 1/2 for the digit 2: [P] float64."""
+    return torch.tensor([{"0": 0.0, "1": 1.0, "2": 0.5}[digit] for digit in row["right"]],
+                        dtype=torch.float64)
 
 
 def lengths_of(row: dict) -> Tensor:

@@ -183,6 +183,13 @@ def test_where_length_says_nothing_methods_are_compared_half_by_half():
     assert half == pytest.approx(1.96 * math.sqrt(0.5 / 2 + (1 / 3) / 3) / 2)
 
 
+def test_methods_are_compared_with_the_shorter_answer_on_the_same_pairs():
+    # The shorter answer is right on the first pair, wrong on the second, undecided on the third: the
+    # method is better by 0, 1, 1/2.
+    mean, half = real_rows.gap([{"seed": 1, "right": "111"}], [{"seed": 1, "right": "102"}])
+    assert mean == 0.5 and half == pytest.approx(1.96 * 0.5 / math.sqrt(3))
+
+
 def test_methods_without_a_seed_in_common_are_not_compared():
     assert math.isnan(real_rows.gap([{"seed": 2, "right": "10"}],
                                       [{"seed": 1, "right": "11"}])[0])
@@ -404,6 +411,15 @@ def test_the_page_and_the_samples_are_written_again_from_the_rows_alone(tmp_path
     real_report.write_page(str(tmp_path), rows, real_plan.not_run(rows))
     for name in ("real.md", "real-samples.md"):
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), name
+
+
+def test_rows_that_know_no_lengths_are_shown_without_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_report, "pyplot", lambda: None)
+    rows = [{key: value for key, value in row.items() if key != "longer"}
+            for row in real.read_rows(str(ROOT / "results"))]
+    real_report.write_page(str(tmp_path), rows, [])
+    page = (tmp_path / "real.md").read_text()
+    assert "differences in accuracy" in page and "in length-balanced accuracy," not in page
 
 
 def test_the_projects_readme_shows_the_rows_of_the_real_model():
