@@ -267,11 +267,11 @@ def execute(argv: tuple[str, ...], run: Training) -> dict:
             return study.execute(run)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"{study.args.workers} runs side by side need more memory than the GPU "
-                             "has: take fewer --workers; the same command continues") from error
+                             "has; go on with fewer --workers: what is finished stays") from error
 
 
 def start_worker() -> None:
-    """A worker process leaves Ctrl-C to the one that started it, and ends with it."""
+    """A worker process ends with the one that started it, which alone Ctrl-C is meant for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
@@ -312,7 +312,7 @@ def schedule(stages: Sequence[str], study: Study, submit: Callable[[Training], F
             run, executed = running.pop(future), executed + 1
             if future.exception():
                 error = error or future.exception()
-                print(f"failed: {study.folder(run)}", flush=True)
+                print(f"failed, see {study.folder(run)}.log", flush=True)
             else:
                 add_row(out, future.result())
                 write_page(out, read_rows(out), not_run(read_rows(out)))
@@ -341,8 +341,8 @@ def execute_stages(stages: Sequence[str], study: Study, argv: tuple[str, ...]) -
                 child.kill()
             raise
         except BrokenProcessPool as error:
-            raise ValueError("a worker process was killed, perhaps because memory ran out: take fewer "
-                             "--workers; the same command continues") from error
+            raise ValueError("a worker process was killed, perhaps because memory ran out; go on with "
+                             "fewer --workers: what is finished stays") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

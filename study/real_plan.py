@@ -88,8 +88,11 @@ def waiting_runs(stages: Sequence[str], rows: list[dict], running: Collection[Tr
 
 
 def next_run(waiting: list[Training], running: Collection[Training]) -> Training | None:
-    """The first run whose `runs_before` neither run nor wait before it."""
+    """The first run whose `runs_before`, and whose SFT adapter, no run makes that runs or waits
+    before it."""
     for place, run in enumerate(waiting):
-        if not set(runs_before(run)) & {*running, *waiting[:place]}:
+        taken = {*running, *waiting[:place]}
+        taken |= {sft_of(one) for one in taken if "sft_adapter" in dict(one.cell.flags)}
+        if not {run, *runs_before(run)} & taken:
             return run
     return None

@@ -189,12 +189,13 @@ def rates_compared(tuning: list[dict]) -> str:
 
 
 def command(settings: dict, data: str) -> str:
-    """The command of rows with these settings, but for the files."""
+    """The command of rows with these settings."""
     flags = [f"--{'qa_' * (data == 'qa' and flag in ('pairs', 'max_length'))}{flag} "
              f"{settings[flag]}" for flag in
              ("pairs", "held_out", "answers", "new_tokens", "max_length")]
-    return " ".join(["python -m study.real", *flags, *["--bf16"] * (
-        settings["precision"] == "bf16")])
+    files = "qa --qa FILE" if data == "qa" else "--hh FILE"
+    precision = ["--bf16"] * (settings["precision"] == "bf16")
+    return " ".join(["python -m study.real", files, *flags, *precision])
 
 
 def section(rows: list[dict], figure: str | None) -> list[str]:
@@ -255,7 +256,8 @@ def write_page(out: str, rows: list[dict], missing: list[str]) -> None:
     """
     groups = {}
     for row in rows:
-        groups.setdefault(json.dumps(row["settings"], sort_keys=True), []).append(row)
+        key = json.dumps(row["settings"], sort_keys=True)
+        groups[key] = [*groups.pop(key, []), row]                # in the order of their last rows
     text, figures = [START], 0
     for group in reversed(groups.values()):                                 # the newest first
         figure = draw(out, group, f"real-{figures + 1}.png" if figures else "real.png")

@@ -137,6 +137,14 @@ def test_a_run_starts_when_the_runs_it_reads_are_over():
     assert len(tuned) == 27 and all(over[run].count(run.cell.name + "0") == 3 for run in tuned)
 
 
+def test_an_sft_adapter_is_trained_by_one_run_at_a_time():
+    # ULMA's run trains its SFT adapter where no SFT run is planned before it.
+    ulma = Training(Cell("hh", "ulma", (("sft_adapter", "SFT"),)), 3e-4, 1)
+    sft, dpo = real_plan.sft_of(ulma), Training(Cell("hh", "dpo"), 3e-4, 1)
+    assert next_run([sft, dpo], [ulma]) == dpo and next_run([sft], []) == sft
+    assert next_run([ulma, sft], []) == ulma and next_run([ulma], [sft]) is None
+
+
 def test_two_rates_are_compared_pair_by_pair():
     # 16 pairs: the second rate is right on all where the first is right on half, 8 of 16: 0.5 with
     # a standard error of 0.129. The third is right on one more than the first; b has one rate.
@@ -328,7 +336,7 @@ def test_a_worker_that_is_killed_is_a_sentence(tiny_study, monkeypatch):
         raise BrokenProcessPool("A process in the process pool was terminated abruptly")
     monkeypatch.setattr(real, "execute", execute)
     monkeypatch.setattr(real, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    with pytest.raises(ValueError, match="a worker process was killed, .* fewer --workers"):
+    with pytest.raises(ValueError, match="a worker process was killed, .* fewer --workers: what is finished stays"):
         tiny_study("first", "--workers", 2)
 
 
