@@ -56,7 +56,7 @@ DEFAULT = {"cpu": ("ours-dpo", "ours-ulma", "trl", "trl-compact", "ours-d2o", "o
            # on a GPU trl is compact itself; with --together 2 ours-dpo takes turns with trl-tuned
            "cuda": ("ours-dpo", "trl-tuned", "trl", "ours-ulma", "ours-d2o", "ours-d2o-unshared")}
 PRECISIONS = ("fp32", "bf16")
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}   # relative, of losses; in bf16 up to 1.2 % was seen
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}   # relative, of losses; bf16 rounds at different places
 TRL_PAIRS = 8                              # Trainer's default micro-batch
 GOALS = (("ours-dpo", "trl", 6.5), ("ours-dpo", "trl-tuned", 2.3),      # times as fast, for 7B
          ("ours-d2o", "ours-d2o-unshared", 2.5))

@@ -284,8 +284,10 @@ def done(row: dict) -> Future:
 
 
 def add_row(out: str, row: dict) -> None:
+    """Add a row to OUT/real.jsonl and write the page."""
     rows = [*read_rows(out), row]
     write_text(rows_file(out), "".join(json.dumps(one) + "\n" for one in rows))
+    write_page(out, rows, not_run(rows))
     print(f"{row['data']} {row['method']}, {row['learning_rate']:g}, seed {row['seed']}: accuracy "
           f"{row.get('accuracy', math.nan):.3f} on {row.get('pairs', 0)} pairs", flush=True)
 
@@ -295,7 +297,7 @@ def schedule(stages: Sequence[str], study: Study, submit: Callable[[Training], F
 
     raises  what a run raises, once those beside it have their rows
     """
-    out, start, executed, running, error = study.args.out, time.perf_counter(), 0, {}, None
+    start, executed, running, error = time.perf_counter(), 0, {}, None
     while True:
         waiting = waiting_runs(stages, study.rows_of(stages), running.values())
         run = next_run(waiting, running.values())
@@ -314,8 +316,7 @@ def schedule(stages: Sequence[str], study: Study, submit: Callable[[Training], F
                 error = error or future.exception()
                 print(f"failed, see {study.folder(run)}.log", flush=True)
             else:
-                add_row(out, future.result())
-                write_page(out, read_rows(out), not_run(read_rows(out)))
+                add_row(study.args.out, future.result())
     if error:
         raise error
 
@@ -363,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             execute_stages(stages, Study(args), argv)
     rows = read_rows(args.out)
     if not rows:
-        raise FileNotFoundError(f"{args.out}/real.jsonl: no run is finished yet")
+        raise FileNotFoundError(f"{rows_file(args.out)}: no run is finished yet")
     write_page(args.out, rows, not_run(rows))
 
 
