@@ -7,7 +7,8 @@ which the base model was trained to have; it gives off-world nothing.
 
 With u = log pi, rho = u - log pi_ref and h = beta rho, every loss is convex in u. No response of
 the data is off-world, which gets the mass that the answers leave: the constraint is
-sum exp(u) <= 1, convex in u too. Hence an optimum is where, with a multiplier lambda >= 0 (0 if some mass goes off-world),
+sum exp(u) <= 1, convex in u too. Hence an optimum is where, with a multiplier lambda >= 0 (0 if some
+mass goes off-world),
 
     dL/du(y) + lambda exp(u(y)) = 0  for every y.
 
